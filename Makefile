@@ -1,0 +1,50 @@
+# The same entry points for people and for CI. Needs python3 (3.11 or newer) and make, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# DASHBOARD=0: `make demo` ends after the reports.
+DASHBOARD ?= 1
+
+.PHONY: help demo test check bench clean
+
+help:
+	@echo "make demo    train the demonstration runs, print their reports, serve the dashboard (DASHBOARD=0: do not)"
+	@echo "make test    run the tests"
+	@echo "make check   lint, format, types, content of the wheel"
+	@echo "make bench   print what the measurements and the recorder cost"
+	@echo "make clean   remove what the above made, runs excepted"
+
+demo: $(VENV)/.installed
+	$(BIN)/diagnostics demo $(if $(filter 0,$(DASHBOARD)),--no-dashboard)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_wheel.py
+
+bench: $(VENV)/.installed-dev
+	@set -e; for file in tests/bench/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find diagnostics app cli tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and by itself: pip then takes the pinned build where one lies at hand, and nothing that follows
+# can make it choose another.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) torch
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e '.[dev]'
+	touch $@

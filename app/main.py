@@ -1,0 +1,3 @@
+from diagnostics.app.page import render
+
+render()

@@ -1,0 +1,78 @@
+"""The one page: from the address to what is shown. `?run=NAME` a run, `?compare=A&compare=B` several, else the list."""
+
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import streamlit as st
+
+from diagnostics.errors import DamagedDataWarning, DiagnosticsError
+from diagnostics.store.read import find_runs
+
+from . import browser, compare, run_page
+from .launch import CONTROL_FLAG
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the server was started with."""
+
+    root: Path
+    allow_control: bool
+
+
+def render() -> None:
+    """Draws the page; main.py's only call."""
+    st.set_page_config(page_title="Training Diagnostics", page_icon="📉", layout="wide")
+    # The page names damaged files itself; the server's console is not where a person looks.
+    warnings.filterwarnings("ignore", category=DamagedDataWarning)
+    st.html(_CSS)
+    settings = _settings(sys.argv[1:])
+    if settings is None:
+        st.error("The dashboard was started without a directory. Start it with `diagnostics dashboard ROOT`.")
+        return
+    try:
+        runs = run_names(settings.root)
+        _route(settings, runs)
+    except DiagnosticsError as error:
+        st.error(str(error))
+
+
+def run_names(root: Path) -> dict[str, Path]:
+    """The runs below `root` by the name that the address and the pages use: the path relative to `root`."""
+    return {
+        (path.resolve().name if path == root else path.relative_to(root).as_posix()): path
+        for path in find_runs(root)
+    }
+
+
+def _route(settings: Settings, runs: dict[str, Path]) -> None:
+    chosen = st.query_params.get("run")
+    compared = st.query_params.get_all("compare")
+    unknown = [name for name in ([chosen] if chosen else compared) if name not in runs]
+    if unknown:
+        st.error(f"There is no run {unknown[0]!r} below {settings.root} (any more).")
+        chosen, compared = None, []
+    single = next(iter(runs)) if list(runs.values()) == [settings.root] else None
+    if chosen or single:
+        name = str(chosen or single)
+        run_page.render(name, runs[name], allow_control=settings.allow_control, has_list=single is None)
+    elif compared:
+        compare.render(runs, compared)
+    else:
+        browser.render(settings.root)
+
+
+def _settings(arguments: list[str]) -> Settings | None:
+    roots = [word for word in arguments if word != CONTROL_FLAG]
+    return Settings(Path(roots[0]), CONTROL_FLAG in arguments) if roots else None
+
+
+# Streamlit leaves the top 6 rem of a page empty; a person with a dying run wants the verdict there.
+_CSS = """
+<style>
+.block-container { padding-top: 2.2rem; padding-bottom: 3rem; }
+@media (max-width: 640px) { .block-container { padding-left: 0.7rem; padding-right: 0.7rem; } }
+</style>
+"""

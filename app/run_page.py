@@ -1,0 +1,96 @@
+"""The page of one run: verdict first, then the overview on one step axis, then the details, then control."""
+
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from diagnostics.detect.finding import Finding
+from diagnostics.report import Report
+
+from . import run_details, steering
+from .data import READER
+from .step_charts import overview_figure
+from .summary import marks_of, tau_spans
+from .wording import ago, badge, evidence, forecast, headline, labelled, plain, verdict
+
+LIVE_REFRESH_S = 2
+STALLED_REFRESH_S = 10
+_FINDINGS_SHOWN = 3
+
+
+def render(name: str, run_dir: Path, *, allow_control: bool, has_list: bool) -> None:
+    """Draws one run's page.
+
+    Args:
+        name: the run's name in the address.
+        run_dir: its directory.
+        allow_control: whether the control panel is offered.
+        has_list: whether there is a run list to go back to.
+    """
+    if has_list and st.button("← All runs", key="back"):
+        st.query_params.clear()
+        st.rerun()
+    state = READER.info(run_dir)["state"]
+    refresh_s = {"running": LIVE_REFRESH_S, "stalled": STALLED_REFRESH_S}.get(state)
+    st.fragment(_summary, run_every=refresh_s)(name, run_dir, state)
+    if allow_control and refresh_s is not None:
+        st.fragment(steering.render, run_every=refresh_s)(name, run_dir)
+    st.fragment(run_details.render, run_every=refresh_s)(name, run_dir)
+
+
+def _summary(name: str, run_dir: Path, state_drawn: str) -> None:
+    info = READER.info(run_dir)
+    if info["state"] != state_drawn:
+        st.rerun(scope="app")  # what is refreshed, and whether there is a control panel, depends on the state
+    report = READER.report(run_dir)
+    _header(name, info, report)
+    _judgement(report)
+    for file, reason in READER.damaged(run_dir).items():
+        st.warning(f"Damaged and left out: {plain(file)}: {plain(reason)}")
+    events = READER.table(run_dir, "events")
+    curves = READER.curves(run_dir)
+    if curves.loss.empty:
+        st.info("The run has closed no step yet: charts appear with its first `recorder.step()`.")
+        return
+    figure = overview_figure(curves, marks_of(events), tau_spans(events, info), uirevision=name)
+    st.plotly_chart(figure, key="overview", theme=None, width="stretch")
+
+
+def _header(name: str, info: dict[str, Any], report: Report) -> None:
+    st.title(plain(name), anchor=False)
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+        for word in (info["state"], report.status):
+            st.badge(labelled(word), color=badge(word).colour)
+        steps = info.get("steps")
+        st.caption(
+            f"{'steps not known' if steps is None else f'{steps:,} steps'} · every {info.get('every', '?')} measured · "
+            f"started {ago(info.get('started_s'))} · last sign of life {ago(info.get('heartbeat_s'))}",
+            width="content",
+        )
+
+
+def _judgement(report: Report) -> None:
+    show = {"green": st.success, "orange": st.warning, "red": st.error}.get(
+        badge(report.status).colour, st.info
+    )
+    show(f"**{plain(verdict(report))}**")
+    if report.forecast:
+        st.warning(plain(forecast(report.forecast)))
+    for finding in report.findings[:_FINDINGS_SHOWN]:
+        _finding(finding)
+    if rest := report.findings[_FINDINGS_SHOWN:]:
+        with st.expander(f"{len(rest)} more finding{'s' if len(rest) > 1 else ''}", key="more-findings"):
+            for finding in rest:
+                _finding(finding)
+    for sentence in report.missing:
+        st.caption(f"Not judged: {plain(sentence)}")
+
+
+def _finding(finding: Finding) -> None:
+    with st.container(border=True, gap=None):
+        st.markdown(f"**{plain(headline(finding))}** · {finding.severity}")
+        if finding.evidence:
+            st.markdown(f"evidence: {plain(evidence(finding.evidence))}")
+        if finding.advice:
+            st.markdown(f"advice: {plain(finding.advice)}")

@@ -1,0 +1,231 @@
+"""A run's tables in, one curve per quantity out: what the step charts and the run list show. Pandas only."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+DRAWN_KINDS = ("alert", "control")
+_REMEDY_KINDS = ("control", "remedy")
+_REFUSED = ("rejected", "expired")
+
+# A curve is a DataFrame with columns step (ascending), value (NaN: not observed) and, where a head or
+# parameter was picked out, where.
+Curve = pd.DataFrame
+
+
+def empty_curve() -> Curve:
+    return pd.DataFrame({"step": pd.Series(dtype="int64"), "value": pd.Series(dtype="float64")})
+
+
+@dataclass(frozen=True)
+class NotFinite:
+    """Consecutive steps, inclusive, whose loss was handed in but was no finite number."""
+
+    first_step: int
+    last_step: int
+    shown: str
+
+
+@dataclass(frozen=True)
+class RunCurves:
+    """What one run looks like over its steps.
+
+    Attributes:
+        loss: every step's loss.
+        loss_not_finite: where the loss was NaN or infinite.
+        entropy: lowest attention entropy of any head, nats.
+        sec_mean, sec_max: mean and largest sec_1 over heads.
+        logit: largest scaled logit of any head.
+        ratio: largest sigma1(dW) / sigma1(W) of any parameter.
+    """
+
+    loss: Curve = field(default_factory=empty_curve)
+    loss_not_finite: tuple[NotFinite, ...] = ()
+    entropy: Curve = field(default_factory=empty_curve)
+    sec_mean: Curve = field(default_factory=empty_curve)
+    sec_max: Curve = field(default_factory=empty_curve)
+    logit: Curve = field(default_factory=empty_curve)
+    ratio: Curve = field(default_factory=empty_curve)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """An event that is drawn as a vertical line."""
+
+    step: int
+    kind: str
+    severity: str
+    text: str
+
+
+@dataclass(frozen=True)
+class TauSpan:
+    """Steps, inclusive, during which the spectral bound was armed with `tau`; last_step None: to the end."""
+
+    first_step: int
+    last_step: int | None
+    tau: float
+
+
+def run_curves(
+    steps: pd.DataFrame, attention: pd.DataFrame, spectra: pd.DataFrame, updates: pd.DataFrame
+) -> RunCurves:
+    """Per-step summary of a run.
+
+    Args:
+        steps: columns step, loss, loss_not_finite (bool: handed in, but NaN or infinite).
+        attention: columns step, layer, head, entropy, max_logit.
+        spectra: columns step, layer, head, sec_1.
+        updates: columns step, parameter, ratio.
+    """
+    return RunCurves(
+        loss=pd.DataFrame({"step": steps["step"], "value": _finite(steps["loss"])}),
+        loss_not_finite=_not_finite_runs(steps),
+        entropy=_extreme(attention, "entropy", ("layer", "head"), largest=False),
+        sec_mean=_mean(spectra, "sec_1"),
+        sec_max=_extreme(spectra, "sec_1", ("layer", "head"), largest=True),
+        logit=_extreme(attention, "max_logit", ("layer", "head"), largest=True),
+        ratio=_extreme(updates, "ratio", ("parameter",), largest=True),
+    )
+
+
+def last_value(curve: Curve) -> float | None:
+    known = curve["value"].dropna()
+    return None if known.empty else float(known.iloc[-1])
+
+
+def lowest(curve: Curve) -> float | None:
+    known = curve["value"].dropna()
+    return None if known.empty else float(known.min())
+
+
+def highest(curve: Curve) -> float | None:
+    known = curve["value"].dropna()
+    return None if known.empty else float(known.max())
+
+
+def smoothed(curve: Curve, span: int) -> Curve:
+    """Trailing exponential mean over about `span` rows (it sees no later step); gaps stay gaps."""
+    mean = curve["value"].ewm(span=span, ignore_na=True).mean().where(curve["value"].notna())
+    return pd.DataFrame({"step": curve["step"], "value": mean})
+
+
+def marks_of(events: pd.DataFrame) -> tuple[Mark, ...]:
+    """Alerts and control commands, in step order."""
+    drawn = events[events["kind"].isin(DRAWN_KINDS)]
+    return tuple(
+        Mark(int(row["step"]), str(row["kind"]), str(row["severity"] or "info"), _event_text(row))
+        for row in drawn.to_dict("records")
+    )
+
+
+def tau_spans(events: pd.DataFrame, info: Mapping[str, Any]) -> tuple[TauSpan, ...]:
+    """When the spectral bound was armed, and with which tau, as far as the run says so.
+
+    A bound armed from the start stands in the manifest's `remedies`; later ones in events of kind
+    `control` or `remedy` whose data holds `tau`. A refused command arms nothing.
+    """
+    changes: list[tuple[int, float | None]] = [(step, tau) for step, tau in _armed_at_start(info)]
+    for row in events[events["kind"].isin(_REMEDY_KINDS)].to_dict("records"):
+        data = event_data(row["data"])
+        if data.get("status") in _REFUSED:
+            continue
+        if data.get("command") == "disarm":
+            changes.append((int(row["step"]), None))
+        elif (tau := _find_tau(data)) is not None:
+            changes.append((int(row["step"]), tau))
+    spans = []
+    ends = [step for step, _ in changes[1:]]
+    for number, (first, tau) in enumerate(changes):
+        # An infinite tau observes without bounding: there is no line to draw.
+        if tau is not None and math.isfinite(tau):
+            spans.append(TauSpan(first, ends[number] if number < len(ends) else None, tau))
+    return tuple(spans)
+
+
+def event_data(text: object) -> dict[str, Any]:
+    """The `data` column of one event; {} where it is null or no JSON object."""
+    if not isinstance(text, str):
+        return {}
+    try:
+        data = json.loads(text)
+    except ValueError:
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def place(layer: object, head: object) -> str:
+    """`blocks.0.attn head 3`, with what is known."""
+    words = [layer] if isinstance(layer, str) and layer else []
+    return " ".join([*words, f"head {head}"] if isinstance(head, (int, np.integer)) else words)
+
+
+def _finite(values: pd.Series) -> pd.Series:
+    return values.astype("float64").where(np.isfinite(values.astype("float64")))
+
+
+def _extreme(frame: pd.DataFrame, column: str, keys: tuple[str, ...], *, largest: bool) -> Curve:
+    rows = pd.DataFrame({"step": frame["step"], "value": _finite(frame[column])}).reset_index(drop=True)
+    grouped = rows.dropna(subset="value").groupby("step")["value"]
+    picked = rows.loc[(grouped.idxmax() if largest else grouped.idxmin()).to_numpy(dtype=np.int64)]
+    chosen = frame.iloc[picked.index.to_numpy()]
+    if keys == ("layer", "head"):
+        where = [place(layer, head) for layer, head in zip(chosen["layer"], chosen["head"], strict=True)]
+    else:
+        where = [str(value) for value in chosen[keys[0]]]
+    picked = picked.assign(where=pd.Series(where, index=picked.index, dtype=object))
+    every_step = pd.DataFrame({"step": np.unique(rows["step"].to_numpy(dtype=np.int64))})
+    return every_step.merge(picked, on="step", how="left")
+
+
+def _mean(frame: pd.DataFrame, column: str) -> Curve:
+    rows = pd.DataFrame({"step": frame["step"].astype("int64"), "value": _finite(frame[column])})
+    return rows.groupby("step", sort=True)["value"].mean().reset_index()
+
+
+def _not_finite_runs(steps: pd.DataFrame) -> tuple[NotFinite, ...]:
+    bad = steps["loss_not_finite"].to_numpy(dtype=bool)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], bad, [False]]).astype(np.int8)))
+    at = steps["step"].to_numpy(dtype=np.int64)
+    losses = steps["loss"].to_numpy(dtype=np.float64)
+    return tuple(
+        NotFinite(int(at[first]), int(at[end - 1]), "NaN" if np.isnan(losses[first]) else "infinite")
+        for first, end in zip(edges[::2], edges[1::2], strict=True)
+    )
+
+
+def _event_text(row: Mapping[Any, Any]) -> str:
+    message = str(row["message"]) if isinstance(row["message"], str) else str(row["kind"])
+    head = None if pd.isna(row["head"]) else int(row["head"])
+    where = place(row["layer"], head)
+    return f"{message} ({where})" if where and where not in message else message
+
+
+def _armed_at_start(info: Mapping[str, Any]) -> Iterator[tuple[int, float]]:
+    remedies = info.get("remedies") or ()
+    for remedy in remedies.values() if isinstance(remedies, Mapping) else remedies:
+        if isinstance(remedy, Mapping) and (tau := _as_tau(remedy.get("tau"))) is not None:
+            step = remedy.get("step")
+            yield (step if isinstance(step, int) else 0), tau
+
+
+def _find_tau(data: Mapping[str, Any]) -> float | None:
+    for place_of_tau in (data, data.get("after"), data.get("arguments")):
+        if isinstance(place_of_tau, Mapping) and (tau := _as_tau(place_of_tau.get("tau"))) is not None:
+            return tau
+    return None
+
+
+def _as_tau(value: object) -> float | None:
+    # JSON has no infinity: the control channel writes it as the string "inf".
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None

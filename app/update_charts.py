@@ -1,0 +1,114 @@
+"""Figures of the optimizer's updates by parameter, and of whatever scalars the training loop handed in."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from .decimate import decimate, with_gaps
+from .head_charts import POINTS_OF_ALL_LINES
+from .step_charts import add_tau_lines
+from .style import BLACK, axis, line_style, log_axis, new_figure
+from .summary import TauSpan
+
+_FEW_POINTS = 60
+_MOST_FIRED = 2000
+
+
+def largest_updates(updates: pd.DataFrame, count: int) -> list[str]:
+    """The parameters with the largest ratio at any step, the largest first.
+
+    Args:
+        updates: columns parameter, ratio.
+        count: how many.
+    """
+    finite = updates[np.isfinite(updates["ratio"].astype("float64"))]
+    top = finite.groupby("parameter")["ratio"].max().sort_values(ascending=False, kind="stable")
+    return [str(name) for name in top.index[:count]]
+
+
+def update_figure(
+    updates: pd.DataFrame, parameters: Sequence[str], taus: Sequence[TauSpan], *, uirevision: str = "updates"
+) -> go.Figure:
+    """sigma1(dW) / sigma1(W) by parameter with the tau line, and marks where the bound held an update back.
+
+    Args:
+        updates: columns step, parameter, ratio, scale.
+        parameters: which to draw, in the order of the legend.
+        taus: when the bound was armed; without any a dashed reference is drawn.
+        uirevision: zoom survives new data as long as this stays the same.
+    """
+    figure = new_figure("size of each update against its weight", 480, uirevision, hovermode="closest")
+    limit = max(200, POINTS_OF_ALL_LINES // max(1, len(parameters)))
+    for number, parameter in enumerate(parameters):
+        rows = updates[updates["parameter"] == parameter]
+        ratio = rows["ratio"].astype("float64")
+        # A zero or infinite ratio has no place on a log axis; the gap says so better than a clipped point.
+        drawable = ratio.where(np.isfinite(ratio) & (ratio > 0))
+        drawn = decimate(with_gaps(pd.DataFrame({"step": rows["step"], "value": drawable})), limit)
+        figure.add_trace(
+            go.Scatter(
+                x=drawn["step"].to_numpy(),
+                y=drawn["value"].to_numpy(),
+                name=parameter,
+                connectgaps=False,
+                mode="lines+markers" if len(drawn) <= _FEW_POINTS else "lines",
+                marker={"size": 4},
+                line=line_style(number),
+                hovertemplate=f"{parameter}<br>step %{{x:,d}}<br>ratio %{{y:.4g}}<extra></extra>",
+            )
+        )
+    fired = updates[updates["parameter"].isin(list(parameters)) & (updates["scale"] < 1)]
+    if len(fired):
+        figure.add_trace(_fired_trace(fired))
+    steps = updates["step"]
+    first, last = (int(steps.min()), int(steps.max())) if len(steps) else (0, 1)
+    add_tau_lines(figure, taus, "y", first, last)
+    figure.layout.xaxis = axis("step", hoverformat=",d", rangemode="nonnegative")
+    figure.layout.yaxis = log_axis("σ₁(ΔW) / σ₁(W)")
+    return figure
+
+
+def scalar_figure(curve: pd.DataFrame, name: str, *, uirevision: str = "scalar") -> go.Figure:
+    """One scalar of the training loop over its steps.
+
+    Args:
+        curve: columns step and value.
+        name: of the scalar, as it was handed in.
+        uirevision: zoom survives new data as long as this stays the same.
+    """
+    figure = new_figure(name, 360, uirevision, hovermode="x unified")
+    drawn = decimate(with_gaps(curve))
+    figure.add_trace(
+        go.Scatter(
+            x=drawn["step"].to_numpy(),
+            y=drawn["value"].to_numpy(),
+            name=name,
+            connectgaps=False,
+            mode="lines+markers" if len(drawn) <= _FEW_POINTS else "lines",
+            marker={"size": 4},
+            line=line_style(0),
+            hovertemplate="%{y:.5g}",
+        )
+    )
+    figure.layout.xaxis = axis("step", hoverformat=",d", rangemode="nonnegative")
+    figure.layout.yaxis = axis(name)
+    return figure
+
+
+def _fired_trace(fired: pd.DataFrame) -> go.Scatter:
+    shown = fired.iloc[
+        np.unique(np.linspace(0, len(fired) - 1, min(_MOST_FIRED, len(fired))).round().astype(int))
+    ]
+    return go.Scatter(
+        x=shown["step"].to_numpy(),
+        y=shown["ratio"].to_numpy(dtype=np.float64),
+        mode="markers",
+        name="bound fired (scale < 1)"
+        if len(shown) == len(fired)
+        else f"bound fired ({len(fired):,} times, thinned)",
+        marker={"symbol": "triangle-down-open", "size": 8, "color": BLACK},
+        customdata=np.column_stack([shown["parameter"].astype(object), shown["scale"].astype(object)]),
+        hovertemplate="%{customdata[0]}<br>step %{x:,d}<br>update scaled by %{customdata[1]:.3g}<extra></extra>",
+    )

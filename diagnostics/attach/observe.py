@@ -1,0 +1,183 @@
+"""Seeing q and k where they enter attention, on measured steps only, without touching the model.
+
+Armed, two process-wide module hooks keep a stack of the model's running modules, and a torch-function mode
+sees the attention calls made inside it. Nothing is installed on the model itself: what is pickled, copied
+or saved while attached carries nothing of ours, and torch's own fast paths stay as they are.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from diagnostics.attach.calls import AttentionCall, multi_head_call, scaled_dot_product_call
+from diagnostics.attach.probe import Product
+
+_CALLS: Mapping[Callable[..., Any], Callable[..., AttentionCall]] = {
+    functional.scaled_dot_product_attention: scaled_dot_product_call,
+    functional.multi_head_attention_forward: multi_head_call,
+}
+# Position of the input and of the weight among the arguments, and whether the weight is (in, out).
+_PRODUCTS: Mapping[Callable[..., Any], tuple[int, int, bool]] = {
+    functional.linear: (0, 1, False),
+    torch.addmm: (1, 2, True),
+    torch.matmul: (0, 1, True),
+    torch.Tensor.matmul: (0, 1, True),
+    torch.Tensor.__matmul__: (0, 1, True),
+    torch.mm: (0, 1, True),
+}
+_PRODUCTS_KEPT = 16
+"""The projections of an attention call are among the last few products before it; older outputs are let go."""
+
+CallSink = Callable[[AttentionCall, tuple[str, ...], "Observer"], None]
+
+
+class Observer:
+    """Watches the forwards of one model while armed.
+
+    Args:
+        model: the attached model.
+        on_call: receives each attention call with the paths of the running modules, outermost first; called
+            with the mode off and without gradient recording.
+        on_exit: called when an observed forward of the model ends.
+        contained: runs the recorder's own code; returns False where it failed.
+        contained_for: as `contained`, for one module path first; a fault there takes only that path out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        on_call: CallSink,
+        on_exit: Callable[[], None],
+        contained: Callable[..., bool],
+        contained_for: Callable[..., bool],
+    ) -> None:
+        self._model = model
+        self._on_call = on_call
+        self._on_exit = on_exit
+        self._contained = contained
+        self._contained_for = contained_for
+        self._handles: list[RemovableHandle] = []
+        self._names: dict[int, str] = {}
+        self._parameters: dict[int, str] = {}
+        self._stack: list[tuple[int, str]] = []
+        self._mode: _Mode | None = None
+        self.products: deque[Product] = deque(maxlen=_PRODUCTS_KEPT)
+        self.wants_products = True
+        """Whether matrix products are to be remembered, for the probe; off once every layout is known."""
+
+    def arm(self) -> None:
+        """From now on, forwards of the model are observed."""
+        if self._handles:
+            return
+        # Named anew each time, so that layers added or replaced meanwhile are known.
+        self._names = {id(module): name for name, module in self._model.named_modules()}
+        self._parameters = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        self._handles = [
+            register_module_forward_pre_hook(self._enter),
+            register_module_forward_hook(self._leave, always_call=True),
+        ]
+
+    def disarm(self) -> None:
+        """Takes every hook out again; safe to call at any time, also inside a forward."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._stack.clear()
+        self._stop_mode()
+        self.products.clear()
+
+    def _enter(self, module: nn.Module, _: object) -> None:
+        name = self._names.get(id(module))
+        if name is None:
+            return
+        if not self._stack and not self._starts_forward():
+            return
+        self._stack.append((id(module), name))
+        if self._mode is None:
+            self._mode = _Mode(self)
+            self._mode.__enter__()
+
+    def _leave(self, module: nn.Module, _: object, __: object) -> None:
+        if not self._stack or id(module) not in self._names:
+            return
+        # A module whose forward raised may have left others above itself.
+        while self._stack and self._stack.pop()[0] != id(module):
+            pass
+        if not self._stack:
+            self._stop_mode()
+            self.products.clear()
+            self._contained(self._on_exit)
+
+    @staticmethod
+    def _starts_forward() -> bool:
+        """A training forward: gradients are recorded, and it is no recomputation inside a backward."""
+        recomputing = torch._C._current_graph_task_id() != -1  # noqa: SLF001 - torch has no public name for it
+        return torch.is_grad_enabled() and not recomputing and not torch.jit.is_tracing()
+
+    def _stop_mode(self) -> None:
+        if self._mode is not None:
+            self._mode.__exit__(None, None, None)
+            self._mode = None
+
+    def saw(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: object
+    ) -> None:
+        """Called by the mode after each torch function that ran inside the model."""
+        as_call = _CALLS.get(func)
+        if as_call is not None:
+            self._contained_for(self._stack[-1][1], self._hand_over, as_call, args, kwargs)
+        elif self.wants_products and func in _PRODUCTS and isinstance(result, Tensor):
+            self._contained(self._remember, func, args, kwargs, result)
+
+    def _hand_over(
+        self, as_call: Callable[..., AttentionCall], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        path = tuple(name for _, name in self._stack)
+        with torch.no_grad():
+            call = as_call(*args, **kwargs)
+        self._on_call(call, path, self)
+
+    def _remember(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor
+    ) -> None:
+        source_at, weight_at, transposed = _PRODUCTS[func]
+        source = args[source_at] if len(args) > source_at else kwargs.get("input")
+        weight = args[weight_at] if len(args) > weight_at else kwargs.get("weight", kwargs.get("mat2"))
+        name = self._parameters.get(id(weight))
+        if name is not None and isinstance(weight, Tensor) and weight.ndim == 2:  # noqa: PLR2004 - a matrix
+            self.products.append(Product(result, name, transposed, self._stack[-1][1], id(source)))
+
+    def parameter_name(self, parameter: Tensor) -> str | None:
+        return self._parameters.get(id(parameter))
+
+
+class _Mode(TorchFunctionMode):
+    """Hands every torch function through untouched; the observer looks at arguments and result afterwards."""
+
+    def __init__(self, observer: Observer) -> None:
+        super().__init__()
+        self._observer = observer
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - whatever the function returns
+        named = kwargs or {}
+        result = func(*args, **named)
+        if func in _WATCHED:
+            self._observer.saw(func, args, named, result)
+        return result
+
+
+_WATCHED = frozenset((*_CALLS, *_PRODUCTS))

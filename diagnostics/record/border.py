@@ -1,0 +1,89 @@
+"""The one border between the recorder and somebody's training: no fault of ours crosses it."""
+
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ParamSpec
+
+from diagnostics.errors import RecorderWarning
+
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault of the recorder: where, what, and the traceback for a bug report."""
+
+    where: str
+    error: str
+    trace: str
+
+
+@dataclass
+class Border:
+    """Runs the recorder's code inside a training loop.
+
+    A fault with a `culprit` (an attention site, say) is reported once for that culprit, which callers then
+    leave out; a fault without one switches everything off through `on_fatal`.
+    """
+
+    on_fatal: Callable[[Fault], None]
+    on_culprit: Callable[[str, Fault], None]
+    faults: list[Fault] = field(default_factory=list)
+    broken: bool = False
+    _noted: set[str] = field(default_factory=set)
+
+    def run(self, function: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> bool:
+        """Calls `function`; False where it failed or everything is switched off."""
+        return self._contain(None, function, *args, **kwargs)
+
+    def run_for(self, culprit: str, function: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> bool:
+        """As `run`, but a fault takes only `culprit` out."""
+        return self._contain(culprit, function, *args, **kwargs)
+
+    def run_last(self, function: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> bool:
+        """As `run`, but also after everything was switched off: to save what can still be saved."""
+        was_broken, self.broken = self.broken, False
+        done = self._contain(None, function, *args, **kwargs)
+        self.broken = self.broken or was_broken
+        return done
+
+    def note(self, message: str) -> None:
+        """Tells the user something once without switching anything off."""
+        if message not in self._noted:
+            self._noted.add(message)
+            self._warn(message)
+
+    def _contain(
+        self, culprit: str | None, function: Callable[P, None], *args: P.args, **kwargs: P.kwargs
+    ) -> bool:
+        if self.broken:
+            return False
+        try:
+            function(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - the border: whatever it is, training goes on
+            self._report(culprit, error)
+            return False
+        return True
+
+    def _report(self, culprit: str | None, error: Exception) -> None:
+        where = culprit or "recorder"
+        fault = Fault(where, f"{type(error).__name__}: {error}", traceback.format_exc())
+        self.faults.append(fault)
+        if culprit is None:
+            self.broken = True
+            self._warn(
+                f"the recorder met a fault and switched itself off, training goes on untouched: {fault.error}"
+            )
+            self.on_fatal(fault)
+        else:
+            self._warn(f"{culprit} is not observed any more, the rest goes on: {fault.error}")
+            self.on_culprit(culprit, fault)
+
+    @staticmethod
+    def _warn(message: str) -> None:
+        # Where the user turned warnings into errors, raising one here would stop the very training to be spared.
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", RecorderWarning)
+            warnings.warn(message, RecorderWarning, stacklevel=5)

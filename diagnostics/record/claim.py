@@ -1,0 +1,148 @@
+"""Checking what a Recorder was given, and claiming its run directory."""
+
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diagnostics.attach.site import Sites
+from diagnostics.control.controller import MODES
+from diagnostics.errors import DiagnosticsError, RunExistsError
+from diagnostics.record.update_watch import unwrapped
+from diagnostics.store.format import MANIFEST, SCHEMA_VERSION, TABLES, metric_metadata
+from diagnostics.store.manifest import Manifest
+from diagnostics.version import __version__
+
+
+def check_arguments(
+    model: nn.Module, every: int, layers: str | None, config: Mapping[str, Any] | None, control: str
+) -> re.Pattern[str] | None:
+    """Refuses what cannot work; returns `layers` compiled."""
+    if not isinstance(model, nn.Module):
+        raise DiagnosticsError(f"model is a {type(model).__name__}, it must be a torch.nn.Module")
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise DiagnosticsError(
+            f"every is {every!r}, it must be a whole number of at least 1: each such step is measured"
+        )
+    if control not in MODES:
+        raise DiagnosticsError(f"control is {control!r}, it must be one of {', '.join(MODES)}")
+    if config is not None and not isinstance(config, Mapping):
+        raise DiagnosticsError(
+            f"config is a {type(config).__name__}, it must be a mapping such as {{'lr': 3e-4}}, or None"
+        )
+    if layers is None:
+        return None
+    try:
+        pattern = re.compile(layers)
+    except (re.error, TypeError) as error:
+        raise DiagnosticsError(f"layers is {layers!r}, which is no regular expression: {error}") from None
+    names = [name for name, _ in model.named_modules()]
+    if not any(pattern.search(name) for name in names):
+        some = ", ".join(repr(name) for name in names[1:6])
+        raise DiagnosticsError(
+            f"layers is {layers!r}, which matches no module path; paths here look like {some}"
+        )
+    return pattern
+
+
+def torch_optimizers(optimizer: object, model: nn.Module) -> tuple[torch.optim.Optimizer, ...]:
+    """The torch optimizers inside what the user gave, checked to belong to the model.
+
+    Raises:
+        DiagnosticsError: no torch optimizer, or one over other parameters.
+    """
+    if optimizer is None:
+        return ()
+    given = optimizer if isinstance(optimizer, Sequence) else (optimizer,)
+    own = {id(parameter) for parameter in model.parameters()}
+    found = []
+    for each in given:
+        inner = unwrapped(each)
+        if not isinstance(inner, torch.optim.Optimizer):
+            raise DiagnosticsError(
+                f"optimizer is a {type(each).__name__}, it must be a torch.optim.Optimizer (or several, or None: "
+                "then update ratios are not measured)"
+            )
+        held = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
+        if not held & own:
+            raise DiagnosticsError(
+                f"the {type(inner).__name__} holds none of the model's parameters; give the optimizer that trains this "
+                "model, made after the model was moved or wrapped"
+            )
+        found.append(inner)
+    return tuple(found)
+
+
+def claim_run_dir(
+    run_dir: str | os.PathLike[str] | None,
+    *,
+    model: nn.Module,
+    config: Mapping[str, Any] | None,
+    every: int,
+    control: str,
+    sites: Sites,
+) -> tuple[Path, Manifest]:
+    """Makes the run directory and its table folders; returns it with the first manifest.
+
+    Raises:
+        RunExistsError: the directory holds a run already.
+        DiagnosticsError: the directory cannot be made or written.
+    """
+    started_s = time.time()
+    identity = f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(started_s))}-{secrets.token_hex(3)}"
+    text = os.fspath(run_dir) if run_dir is not None else os.path.join("runs", identity)  # noqa: PTH118 - may be a URI
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", text):
+        raise DiagnosticsError(f"run_dir is {text!r}; this version writes to local paths only")
+    path = Path(text)
+    if (path / MANIFEST).exists():
+        raise RunExistsError(
+            f"{path} holds a run already; give another run_dir (None makes a new one), or move the old run away"
+        )
+    try:
+        for table in TABLES:
+            (path / table).mkdir(parents=True, exist_ok=True)
+        # Exclusive: of two processes that start at once, one gets the directory and the other the error above.
+        (path / MANIFEST).open("x").close()
+    except FileExistsError:
+        raise RunExistsError(
+            f"{path} was just taken by another process, or is a file; give another run_dir"
+        ) from None
+    except OSError as error:
+        raise DiagnosticsError(
+            f"{path} cannot be written ({error}); give a run_dir that you may write to"
+        ) from error
+    manifest: Manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": identity,
+        "state": "running",
+        "started_s": started_s,
+        "heartbeat_s": started_s,
+        "last_step_s": None,
+        "ended_s": None,
+        "error": None,
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "every": every,
+        "steps": 0,
+        "status": "no-data",
+        "overhead": 0.0,
+        "control": control,
+        "config": dict(config or {}),
+        "model": {
+            "class": type(model).__name__,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        },
+        "sites": [site.to_dict() for site in sites],
+        "skipped": dict(sites.skipped),
+        "faults": [],
+        "versions": {"training-diagnostics": __version__, "torch": str(torch.__version__)},
+        "metrics": metric_metadata(),
+    }
+    return path, manifest

@@ -1,0 +1,167 @@
+"""Watching one optimizer step: weights before it, the update it made, the gradient norm it used.
+
+Shape suffixes: N matrices of one shape, m x n.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from diagnostics.measure.sigma1 import largest_singular_value
+from diagnostics.remedies.spectral_bound import active_bounds
+
+WATCHED_BYTES = 2**30
+"""Largest copy of weights held during a measured step; matrices beyond it are named as not observed."""
+
+
+@dataclass(frozen=True)
+class GroupUpdates:
+    """Updates of the matrices of one shape; tensors are (N,)."""
+
+    parameters: tuple[str, ...]
+    sigma1_n: Tensor
+    update_sigma1_n: Tensor
+    frobenius_ratio_n: Tensor
+    scale_n: Tensor
+
+
+class UpdateWatch:
+    """Compares the watched matrices before and after the optimizer steps of a measured step.
+
+    Args:
+        optimizers: torch optimizers, unwrapped.
+        names: name of each parameter of the model, by id.
+        first: names to watch first, should the memory not do for all.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        names: dict[int, str],
+        first: frozenset[str] = frozenset(),
+    ) -> None:
+        self._optimizers = tuple(optimizers)
+        self._names = names
+        self._first = first
+        self._handles: list[RemovableHandle] = []
+        self._before: dict[str, tuple[nn.Parameter, Tensor]] = {}
+        self._scales: dict[str, Tensor] = {}
+        self._vectors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.grad_norm: Tensor | None = None
+        self.left_out: dict[str, str] = {}
+
+    def arm(self, contained: Callable[..., bool]) -> None:
+        """From now on, the next optimizer steps are watched."""
+        if not self._handles:
+            self._handles = [
+                optimizer.register_step_pre_hook(partial(self._before_step, contained))
+                for optimizer in self._optimizers
+            ]
+
+    def disarm(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._before, self._scales, self.grad_norm = {}, {}, None
+
+    def _before_step(self, contained: Callable[..., bool], optimizer: torch.optim.Optimizer, *_: object) -> None:
+        contained(self._remember, optimizer)
+
+    @torch.no_grad()
+    def _remember(self, optimizer: torch.optim.Optimizer) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self._add_grad_norm(optimizer, [p.grad for p in parameters if p.grad is not None])
+        named = [(self._names[id(p)], p) for p in parameters if id(p) in self._names and _is_matrix(p)]
+        named.sort(key=lambda pair: pair[0] not in self._first)
+        held = sum(before.numel() * before.element_size() for _, before in self._before.values())
+        for name, parameter in named:
+            if name in self._before:
+                continue  # a second optimizer step within the recorder's step: the first weight counts
+            held += parameter.numel() * parameter.element_size()
+            if held > WATCHED_BYTES:
+                self.left_out[name] = (
+                    f"its copy would exceed the {WATCHED_BYTES >> 20} MiB held during a measured step"
+                )
+                continue
+            self._before[name] = (parameter, parameter.detach().clone())
+
+    def _add_grad_norm(self, optimizer: torch.optim.Optimizer, gradients: list[Tensor]) -> None:
+        # A fused optimizer under a GradScaler gets gradients that are still scaled; their norm would be none.
+        if getattr(optimizer, "grad_scale", None) is not None or not gradients:
+            return
+        dense = [g for g in gradients if not g.is_sparse]
+        norms = torch.stack([n.double() for n in torch._foreach_norm(dense)])  # noqa: SLF001 - as torch's own clip_grad_norm_ does
+        total = torch.linalg.vector_norm(norms)
+        self.grad_norm = total if self.grad_norm is None else torch.hypot(self.grad_norm, total)
+
+    @torch.no_grad()
+    def measure(self) -> list[GroupUpdates]:
+        """Sizes of the updates made since `arm`; empty where no optimizer stepped."""
+        groups: dict[tuple[object, ...], list[str]] = {}
+        for name, (parameter, before) in self._before.items():
+            if parameter.shape == before.shape and parameter.device == before.device:
+                groups.setdefault((_matrix_shape(before), before.dtype, before.device), []).append(name)
+        return [self._measure_group(names) for names in groups.values()]
+
+    def _measure_group(self, names: list[str]) -> GroupUpdates:
+        before_nmn = torch.stack([_as_matrix(self._before[name][1]) for name in names])
+        after_nmn = torch.stack([_as_matrix(self._before[name][0].detach()) for name in names])
+        wide = torch.promote_types(before_nmn.dtype, torch.float32)
+        before_nmn, after_nmn = before_nmn.to(wide), after_nmn.to(wide)
+        update_nmn = after_nmn - before_nmn
+        known = [self._vectors[name] for name in names if name in self._vectors]
+        starts = (
+            (torch.stack([v[0] for v in known]), torch.stack([v[1] for v in known]))
+            if len(known) == len(names)
+            else (None, None)
+        )
+        weight = largest_singular_value(before_nmn, starts[0])
+        update = largest_singular_value(update_nmn, starts[1])
+        for position, name in enumerate(names):
+            self._vectors[name] = (weight.vector_bn[position], update.vector_bn[position])
+        ones = torch.ones((), device=before_nmn.device)
+        return GroupUpdates(
+            parameters=tuple(names),
+            sigma1_n=weight.value_b,
+            update_sigma1_n=update.value_b,
+            frobenius_ratio_n=torch.linalg.matrix_norm(update_nmn) / torch.linalg.matrix_norm(before_nmn),
+            scale_n=torch.stack([self._scale(self._before[name][0], ones) for name in names]),
+        )
+
+    def _scale(self, parameter: nn.Parameter, ones: Tensor) -> Tensor:
+        scales = [
+            scale.to(ones)
+            for optimizer in self._optimizers
+            for bound in active_bounds(optimizer)
+            if (scale := bound.scale_of(parameter)) is not None
+        ]
+        return torch.stack(scales).prod() if scales else ones
+
+    def state_dict(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {name: (a.clone(), b.clone()) for name, (a, b) in self._vectors.items()}
+
+    def load_state_dict(self, state: dict[str, tuple[Tensor, Tensor]]) -> None:
+        self._vectors = dict(state)
+
+
+def unwrapped(optimizer: object) -> object:
+    """The torch optimizer inside wrappers such as accelerate's, whose own hooks do not work."""
+    while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    return parameter.ndim >= 2 and parameter.is_floating_point() and min(_matrix_shape(parameter)) > 0  # noqa: PLR2004 - a matrix
+
+
+def _matrix_shape(weight: Tensor) -> tuple[int, int]:
+    return weight.shape[0], weight[0].numel() if weight.shape[0] else 0
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    return weight.reshape(weight.shape[0], -1)
