@@ -28,7 +28,7 @@ def render(root: Path) -> None:
     Args:
         root: directory the dashboard was started with.
     """
-    st.title("Training Diagnostics")
+    st.header("Training Diagnostics", anchor=False)
     rows = run_rows(root, READER)
     unsettled = any(row["state"] in _LIVE or row["status"] == "…" for row in rows)
     if not rows:

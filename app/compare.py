@@ -21,10 +21,11 @@ def render(runs: dict[str, Path], chosen: list[str]) -> None:
         runs: name to directory of every run below the root.
         chosen: names of the runs to compare.
     """
-    if st.button("← All runs", key="back"):
-        st.query_params.clear()
-        st.rerun()
-    st.title("Runs compared")
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+        if st.button("← All runs", key="back"):
+            st.query_params.clear()
+            st.rerun()
+        st.header("Runs compared", anchor=False, width="content")
     names = st.multiselect("Runs", list(runs), default=chosen, key="compared-runs")
     if names and names != chosen:
         st.query_params["compare"] = names

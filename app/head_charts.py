@@ -10,13 +10,11 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from .decimate import decimate, with_gaps
+from .lines import curve_trace, limit_per_line
 from .style import GREY, NOT_OBSERVED, axis, line_style, log_axis, new_figure
 
-POINTS_OF_ALL_LINES = 20_000
 MOST_SPECTRA = 400
 _LINES_OF_SPECTRA = 9
-_FEW_POINTS = 60
 # Below this share of the head's largest singular value a double-precision spectrum is rounding noise.
 _SPECTRUM_FLOOR = 1e-12
 
@@ -192,23 +190,12 @@ def head_lines_figure(
     """
     figure = new_figure(f"{metric.title} of {layer}", 420, uirevision, hovermode="x unified")
     heads = sorted({int(head) for head in frame["head"]})
-    limit = max(200, POINTS_OF_ALL_LINES // max(1, len(heads)))
+    limit = limit_per_line(len(heads))
     for number, head in enumerate(heads):
         rows = frame[frame["head"] == head]
         curve = pd.DataFrame({"step": rows["step"], "value": rows[metric.column].astype("float64")})
-        drawn = decimate(with_gaps(curve), limit)
-        figure.add_trace(
-            go.Scatter(
-                x=drawn["step"].to_numpy(),
-                y=drawn["value"].to_numpy(),
-                name=f"head {head}",
-                connectgaps=False,
-                mode="lines+markers" if len(drawn) <= _FEW_POINTS else "lines",
-                marker={"size": 4},
-                line=line_style(number),
-                hovertemplate=f"%{{y:.4g}} {metric.unit}",
-            )
-        )
+        hover = f"%{{y:.4g}} {metric.unit}"
+        figure.add_trace(curve_trace(curve, f"head {head}", line_style(number), hover, limit=limit))
     figure.layout.xaxis = axis("step", hoverformat=",d", rangemode="nonnegative")
     figure.layout.yaxis = axis(metric.label)
     return figure
@@ -240,7 +227,9 @@ def spectrum_map_figure(
         )
     )
     figure.layout.xaxis = axis("step")
-    figure.layout.yaxis = axis("index (1: largest)", autorange="reversed")
+    figure.layout.yaxis = axis(
+        "index (1: largest)", autorange="reversed", tick0=1, dtick=max(1, spectrum.shape[1] // 8)
+    )
     figure.update_layout(plot_bgcolor=NOT_OBSERVED, xaxis={"showgrid": False}, yaxis={"showgrid": False})
     return figure
 

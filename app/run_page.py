@@ -28,23 +28,20 @@ def render(name: str, run_dir: Path, *, allow_control: bool, has_list: bool) -> 
         allow_control: whether the control panel is offered.
         has_list: whether there is a run list to go back to.
     """
-    if has_list and st.button("← All runs", key="back"):
-        st.query_params.clear()
-        st.rerun()
     state = READER.info(run_dir)["state"]
     refresh_s = {"running": LIVE_REFRESH_S, "stalled": STALLED_REFRESH_S}.get(state)
-    st.fragment(_summary, run_every=refresh_s)(name, run_dir, state)
+    st.fragment(_summary, run_every=refresh_s)(name, run_dir, state, has_list=has_list)
     if allow_control and refresh_s is not None:
         st.fragment(steering.render, run_every=refresh_s)(name, run_dir)
     st.fragment(run_details.render, run_every=refresh_s)(name, run_dir)
 
 
-def _summary(name: str, run_dir: Path, state_drawn: str) -> None:
+def _summary(name: str, run_dir: Path, state_drawn: str, *, has_list: bool) -> None:
     info = READER.info(run_dir)
     if info["state"] != state_drawn:
         st.rerun(scope="app")  # what is refreshed, and whether there is a control panel, depends on the state
     report = READER.report(run_dir)
-    _header(name, info, report)
+    _header(name, info, report, has_list=has_list)
     _judgement(report)
     for file, reason in READER.damaged(run_dir).items():
         st.warning(f"Damaged and left out: {plain(file)}: {plain(reason)}")
@@ -57,17 +54,19 @@ def _summary(name: str, run_dir: Path, state_drawn: str) -> None:
     st.plotly_chart(figure, key="overview", theme=None, width="stretch")
 
 
-def _header(name: str, info: dict[str, Any], report: Report) -> None:
-    st.title(plain(name), anchor=False)
+def _header(name: str, info: dict[str, Any], report: Report, *, has_list: bool) -> None:
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+        if has_list and st.button("← All runs", key="back"):
+            st.query_params.clear()
+            st.rerun(scope="app")
+        st.header(plain(name), anchor=False, width="content")
         for word in (info["state"], report.status):
             st.badge(labelled(word), color=badge(word).colour)
-        steps = info.get("steps")
-        st.caption(
-            f"{'steps not known' if steps is None else f'{steps:,} steps'} · every {info.get('every', '?')} measured · "
-            f"started {ago(info.get('started_s'))} · last sign of life {ago(info.get('heartbeat_s'))}",
-            width="content",
-        )
+    steps = info.get("steps")
+    st.caption(
+        f"{'steps not known' if steps is None else f'{steps:,} steps'} · every {info.get('every', '?')} measured · "
+        f"started {ago(info.get('started_s'))} · last sign of life {ago(info.get('heartbeat_s'))}"
+    )
 
 
 def _judgement(report: Report) -> None:

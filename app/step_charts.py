@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from .decimate import MOST_POINTS, decimate, with_gaps
+from .lines import curve_trace, limit_per_line
 from .style import (
     BLACK,
     BLUE,
@@ -28,7 +28,7 @@ DEFAULT_TAU = 0.01
 _ROW_PX = 165
 _TOP_PX = 44
 _BOTTOM_PX = 48
-_FEW_POINTS = 60
+_SHORT_RUN = 60
 _RAW_LOSS = "rgba(0, 114, 178, 0.30)"
 
 
@@ -67,30 +67,29 @@ def overview_figure(
         taus: when the spectral bound was armed; without any a dashed reference stands at `DEFAULT_TAU`.
         uirevision: zoom survives new data as long as this stays the same.
     """
-    figure = _stacked("", uirevision)
+    figure = _stacked(uirevision)
     span = smoothing_span(len(curves.loss))
-    figure.add_trace(
-        _line(curves.loss, "loss", "loss", {"color": _RAW_LOSS if span > 1 else BLUE, "width": 1}, "%{y:.4g}")
-    )
+    raw = {"color": _RAW_LOSS if span > 1 else BLUE, "width": 1}
+    lines = [
+        (curves.loss, "loss", "loss", raw, "%{y:.4g}"),
+        (curves.entropy, "lowest entropy", "entropy", _solid(GREEN), "%{y:.3g} nats"),
+        (curves.sec_max, "SEC₁, highest head", "sec_max", _solid(VERMILION), "%{y:.3f}"),
+        (curves.sec_mean, "SEC₁, mean of heads", "sec_max", _solid(ORANGE), "%{y:.3f}"),
+        (curves.logit, "largest logit", "logit", _solid(PURPLE), "%{y:.4g}"),
+        (curves.ratio, "largest update ratio", "ratio", _solid(BLACK), "%{y:.3g}"),
+    ]
     if span > 1:
-        from_raw = {"color": BLUE, "width": 2}
-        figure.add_trace(
-            _line(smoothed(curves.loss, span), f"loss, mean of ~{span} steps", "loss", from_raw, "%{y:.4g}")
-        )
-    lines = (
-        (curves.entropy, "lowest entropy", "entropy", GREEN, "%{y:.3g} nats"),
-        (curves.sec_max, "SEC₁, highest head", "sec_max", VERMILION, "%{y:.3f}"),
-        (curves.sec_mean, "SEC₁, mean of heads", "sec_max", ORANGE, "%{y:.3f}"),
-        (curves.logit, "largest logit", "logit", PURPLE, "%{y:.4g}"),
-        (curves.ratio, "largest update ratio", "ratio", BLACK, "%{y:.3g}"),
-    )
-    for curve, name, row, colour, number in lines:
-        figure.add_trace(_line(curve, name, row, {"color": colour, "width": 1.8}, number))
+        smooth = smoothed(curves.loss, span)
+        lines.insert(1, (smooth, f"loss, mean of ~{span} steps", "loss", _solid(BLUE), "%{y:.4g}"))
+    for curve, name, row, style, hover in lines:
+        trace = curve_trace(curve, name, style, hover, yaxis=_AXES[row])
+        # A row with one curve is named by its title.
+        trace.showlegend = row in ("loss", "sec_max")
+        figure.add_trace(trace)
     add_tau_lines(figure, taus, _AXES["ratio"], *_step_range([curves]))
     _add_not_finite(figure, curves.loss_not_finite)
     _add_marks(figure, marks)
-    observed = {row: not curve["value"].dropna().empty for curve, _, row, _, _ in lines}
-    observed["loss"] = not curves.loss["value"].dropna().empty
+    observed = {row: bool(curve["value"].notna().any()) for curve, _, row, _, _ in lines}
     _say_what_is_missing(figure, observed)
     return figure
 
@@ -102,8 +101,8 @@ def compare_figure(runs: Mapping[str, RunCurves], *, uirevision: str = "compare"
         runs: name to per-step summary, in the order of the legend.
         uirevision: zoom survives new data as long as this stays the same.
     """
-    figure = _stacked("", uirevision)
-    limit = max(200, 2 * MOST_POINTS // max(1, len(runs)))
+    figure = _stacked(uirevision)
+    limit = limit_per_line(len(runs))
     observed = dict.fromkeys(_AXES, False)
     for number, (name, curves) in enumerate(runs.items()):
         span = smoothing_span(len(curves.loss))
@@ -114,11 +113,14 @@ def compare_figure(runs: Mapping[str, RunCurves], *, uirevision: str = "compare"
             "logit": curves.logit,
             "ratio": curves.ratio,
         }
-        for row, curve in shown.items():
-            trace = _line(curve, name, row, line_style(number), "%{y:.4g}", limit)
-            trace.update(legendgroup=name, showlegend=row == "loss")
+        known = [row for row, curve in shown.items() if curve["value"].notna().any()]
+        for row in known:
+            trace = curve_trace(
+                shown[row], name, line_style(number), "%{y:.4g}", limit=limit, yaxis=_AXES[row]
+            )
+            trace.update(legendgroup=name, showlegend=row == known[0])
             figure.add_trace(trace)
-            observed[row] |= not curve["value"].dropna().empty
+            observed[row] = True
     figure.layout.annotations[2].text = "spectral energy concentration SEC₁, mean of heads (share, 0 to 1)"
     figure.layout.annotations[0].text = "loss (smoothed as on the run's page)"
     _say_what_is_missing(figure, observed)
@@ -127,7 +129,7 @@ def compare_figure(runs: Mapping[str, RunCurves], *, uirevision: str = "compare"
 
 def smoothing_span(steps: int) -> int:
     """Rows the drawn loss is averaged over: 1 % of the run, and none at all for a short one."""
-    return max(5, steps // 100) if steps >= _FEW_POINTS else 1
+    return max(5, steps // 100) if steps >= _SHORT_RUN else 1
 
 
 def add_tau_lines(
@@ -149,6 +151,10 @@ def add_tau_lines(
         figure.add_trace(trace)
 
 
+def _solid(colour: str) -> dict[str, Any]:
+    return {"color": colour, "width": 1.8}
+
+
 def _tau_trace(steps: list[int], values: list[float], name: str, yaxis: str, dash: str) -> go.Scatter:
     return go.Scatter(
         x=steps,
@@ -162,10 +168,10 @@ def _tau_trace(steps: list[int], values: list[float], name: str, yaxis: str, das
     )
 
 
-def _stacked(title: str, uirevision: str) -> go.Figure:
+def _stacked(uirevision: str) -> go.Figure:
     """Rows below each other that share the one x axis itself, so that zoom, spike and hover go through all."""
     height = _TOP_PX + _BOTTOM_PX + _ROW_PX * len(ROWS)
-    figure = new_figure(title, height, uirevision, hovermode="x unified", hoversubplots="axis")
+    figure = new_figure("", height, uirevision, hovermode="x unified", hoversubplots="axis")
     # The marks' axis spans all rows and lies on top of them: a filled background would hide the curves.
     figure.update_layout(margin={"t": _TOP_PX, "b": _BOTTOM_PX}, plot_bgcolor="rgba(0, 0, 0, 0)")
     band, gap = 1 / len(ROWS), 0.19 / len(ROWS)
@@ -185,6 +191,7 @@ def _stacked(title: str, uirevision: str) -> go.Figure:
             showarrow=False,
             font={"size": 13},
             align="left",
+            bgcolor="rgba(255, 255, 255, 0.75)",
         )
     figure.layout[f"yaxis{len(ROWS) + 1}"] = {
         "domain": [0, 1],
@@ -202,34 +209,10 @@ def _stacked(title: str, uirevision: str) -> go.Figure:
         spikethickness=1,
         spikedash="dot",
         hoverformat=",d",
+        unifiedhovertitle={"text": "step %{x:,d}"},
         rangemode="nonnegative",
     )
     return figure
-
-
-def _line(
-    curve: Curve, name: str, row: str, style: Mapping[str, Any], number: str, limit: int = MOST_POINTS
-) -> go.Scatter:
-    drawn = decimate(with_gaps(curve), limit)
-    where = drawn["where"].fillna("").to_list() if "where" in drawn else None
-    known = drawn["value"].dropna()
-    if known.empty:
-        # An axis without any point would invent a range of its own.
-        drawn, where = drawn.iloc[:0], None
-    return go.Scatter(
-        x=drawn["step"].to_numpy(),
-        y=drawn["value"].to_numpy(),
-        name=name,
-        mode="lines+markers" if len(drawn) <= _FEW_POINTS else "lines",
-        marker={"size": 4},
-        line=dict(style),
-        connectgaps=False,
-        xaxis="x",
-        yaxis=_AXES[row],
-        text=where,
-        hovertemplate=number + (" %{text}" if where is not None else ""),
-        showlegend=True,
-    )
 
 
 def _add_not_finite(figure: go.Figure, spans: Sequence[NotFinite]) -> None:

@@ -79,4 +79,4 @@ def axis(title: str = "", **more: Any) -> dict[str, Any]:  # noqa: ANN401 - Plot
 
 
 def log_axis(title: str = "", **more: Any) -> dict[str, Any]:  # noqa: ANN401 - Plotly's
-    return axis(title, type="log", exponentformat="power", dtick=1, minor={"ticks": ""}, **more)
+    return axis(title, type="log", tickformat="~g", **more)

@@ -6,13 +6,11 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from .decimate import decimate, with_gaps
-from .head_charts import POINTS_OF_ALL_LINES
+from .lines import curve_trace, limit_per_line
 from .step_charts import add_tau_lines
 from .style import BLACK, axis, line_style, log_axis, new_figure
 from .summary import TauSpan
 
-_FEW_POINTS = 60
 _MOST_FIRED = 2000
 
 
@@ -40,25 +38,15 @@ def update_figure(
         uirevision: zoom survives new data as long as this stays the same.
     """
     figure = new_figure("size of each update against its weight", 480, uirevision, hovermode="closest")
-    limit = max(200, POINTS_OF_ALL_LINES // max(1, len(parameters)))
+    limit = limit_per_line(len(parameters))
     for number, parameter in enumerate(parameters):
         rows = updates[updates["parameter"] == parameter]
         ratio = rows["ratio"].astype("float64")
         # A zero or infinite ratio has no place on a log axis; the gap says so better than a clipped point.
         drawable = ratio.where(np.isfinite(ratio) & (ratio > 0))
-        drawn = decimate(with_gaps(pd.DataFrame({"step": rows["step"], "value": drawable})), limit)
-        figure.add_trace(
-            go.Scatter(
-                x=drawn["step"].to_numpy(),
-                y=drawn["value"].to_numpy(),
-                name=parameter,
-                connectgaps=False,
-                mode="lines+markers" if len(drawn) <= _FEW_POINTS else "lines",
-                marker={"size": 4},
-                line=line_style(number),
-                hovertemplate=f"{parameter}<br>step %{{x:,d}}<br>ratio %{{y:.4g}}<extra></extra>",
-            )
-        )
+        curve = pd.DataFrame({"step": rows["step"], "value": drawable})
+        hover = f"{parameter}<br>step %{{x:,d}}<br>ratio %{{y:.4g}}<extra></extra>"
+        figure.add_trace(curve_trace(curve, parameter, line_style(number), hover, limit=limit))
     fired = updates[updates["parameter"].isin(list(parameters)) & (updates["scale"] < 1)]
     if len(fired):
         figure.add_trace(_fired_trace(fired))
@@ -79,19 +67,7 @@ def scalar_figure(curve: pd.DataFrame, name: str, *, uirevision: str = "scalar")
         uirevision: zoom survives new data as long as this stays the same.
     """
     figure = new_figure(name, 360, uirevision, hovermode="x unified")
-    drawn = decimate(with_gaps(curve))
-    figure.add_trace(
-        go.Scatter(
-            x=drawn["step"].to_numpy(),
-            y=drawn["value"].to_numpy(),
-            name=name,
-            connectgaps=False,
-            mode="lines+markers" if len(drawn) <= _FEW_POINTS else "lines",
-            marker={"size": 4},
-            line=line_style(0),
-            hovertemplate="%{y:.5g}",
-        )
-    )
+    figure.add_trace(curve_trace(curve, name, line_style(0), "%{y:.5g}"))
     figure.layout.xaxis = axis("step", hoverformat=",d", rangemode="nonnegative")
     figure.layout.yaxis = axis(name)
     return figure

@@ -11,7 +11,7 @@ from .output import answers, say
 
 
 def compact(
-    run: Annotated[Path, typer.Argument(help="A run directory, live or finished.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, live or finished.")],
 ) -> None:
     """Merge small part files of RUN; safe on a live run and beside its readers."""
     result = compact_run(run)

@@ -18,10 +18,10 @@ from .words import number
 # One command with every option instead of a sub-command each: RUN stands before COMMAND, where a group of
 # commands would take RUN for the name of one. What goes together is checked below, from the vocabulary itself.
 def control(
-    run: Annotated[Path, typer.Argument(help="The directory of a live run.")],
-    command: Annotated[str, typer.Argument(help=", ".join(COMMANDS))],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a live run.")],
+    command: Annotated[str, typer.Argument(metavar="COMMAND", help=", ".join(COMMANDS))],
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="disarm: the remedy to take off.")
+        str | None, typer.Argument(metavar="NAME", help="disarm: the remedy to take off.")
     ] = None,
     *,
     tau: Annotated[float | None, typer.Option(help="spectral-bound: largest sigma1(dW) / sigma1(W).")] = None,
@@ -73,6 +73,8 @@ def _changes(before: Any, after: Any) -> list[str]:  # noqa: ANN401 - what a rem
         return (
             [] if before is None and after is None else [f"before: {number(before)}; after: {number(after)}"]
         )
+    if not before:  # `status` changes nothing and has only something to tell
+        return [f"{key}: {number(value)}" for key, value in after.items()]
     lines = []
     for key in dict.fromkeys([*before, *after]):
         old, new = (number(side[key]) if key in side else "none" for side in (before, after))

@@ -1,10 +1,9 @@
 """`diagnostics dashboard ROOT`: starts the web dashboard and stays with it until it ends."""
 
-import os
 import signal
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -25,7 +24,7 @@ _GRACE_S = 10.0
 
 
 def dashboard(
-    root: Annotated[Path, typer.Argument(help="A directory that holds runs, or a run.")],
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="A directory that holds runs, or a run.")],
     *,
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = PORT,
     host: Annotated[
@@ -53,12 +52,12 @@ def serve(root: Path, *, host: str = HOST, port: int = PORT, allow_control: bool
     if allow_control and host not in _LOOPBACK:
         say(f"warning: whoever reaches {host}:{port} can steer the runs below {root}")
     # The one place where the command line knows the page: found here, so that no other verb needs it installed.
-    from diagnostics.app.launch import dashboard_command  # noqa: PLC0415 - see above
+    from diagnostics.app.launch import dashboard_command, dashboard_environment  # noqa: PLC0415 - see above
 
     command = dashboard_command(root, host=host, port=port, allow_control=allow_control)
     shown = f"[{host}]" if ":" in host else host
     say(f"dashboard on http://{shown}:{port} (Ctrl-C ends it)")
-    return _stay_with(command)
+    return _stay_with(command, dashboard_environment())
 
 
 def _require_free(host: str, port: int) -> None:
@@ -74,12 +73,9 @@ def _require_free(host: str, port: int) -> None:
         ) from None
 
 
-def _stay_with(command: Sequence[str]) -> int:
-    # PYTHONSAFEPATH: started inside a checkout, Python must not take ./diagnostics for the installed package.
+def _stay_with(command: Sequence[str], environment: Mapping[str, str]) -> int:
     # A process group of its own: the terminal's Ctrl-C reaches this process alone, which hands it on once.
-    child = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONSAFEPATH": "1"}, process_group=0
-    )
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, process_group=0)
     asked_to_end = False
 
     def hand_on(number: int, frame: FrameType | None) -> None:

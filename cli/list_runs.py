@@ -19,7 +19,7 @@ from .words import STATUS_STYLES
 
 
 def list_runs(
-    root: Annotated[Path, typer.Argument(help="A directory that holds runs.")],
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="A directory that holds runs.")],
     *,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
@@ -43,13 +43,14 @@ def list_runs(
 def _row(run_dir: Path, root: Path) -> dict[str, Any]:
     manifest = read_manifest(run_dir)
     # The detectors beside the recorder leave their verdict in the manifest; reading it keeps a listing of
-    # hundreds of runs fast. Only a run recorded without detectors is judged here, from its tables.
+    # hundreds of runs fast. Only a run recorded without them, or so young that they have not spoken yet,
+    # is judged here, from its tables.
     status = manifest.get("status")
     return {
         "name": short_name(run_dir, root),
         "state": live_state(manifest),
         "steps": manifest.get("steps"),
-        "status": status if status in STATUS_STYLES else assess(run_dir).status,
+        "status": status if status in STATUS_STYLES and status != "no-data" else assess(run_dir).status,
         "path": str(run_dir),
     }
 

@@ -2,13 +2,13 @@
 
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from io import TextIOWrapper
 from typing import Annotated
 
 import typer
 
 from diagnostics.errors import DiagnosticsError
+from diagnostics.version import __version__
 
 from .compact import compact
 from .control import control
@@ -42,7 +42,7 @@ app.command("compact")(compact)
 
 def _print_version(asked: bool) -> None:  # noqa: FBT001 - typer hands the option's value on like this
     if asked:
-        print(f"diagnostics {version('training-diagnostics')}")
+        print(f"diagnostics {__version__}")
         raise typer.Exit(OK)
 
 

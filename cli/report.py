@@ -24,7 +24,7 @@ class FailOn(StrEnum):
 
 
 def report(
-    path: Annotated[Path, typer.Argument(help="A run, or a directory that holds runs.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or a directory that holds runs.")],
     *,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     fail_on: Annotated[

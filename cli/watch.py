@@ -31,7 +31,7 @@ _ALERTS = 5
 _STEPS_BACK = 2000
 
 
-def watch(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+def watch(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
     """Follow a live run in the terminal until it ends or Ctrl-C."""
     followed = Followed(open_run(run))
     console = answers()

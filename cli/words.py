@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +94,19 @@ def _forecast(forecast: Mapping[str, float]) -> str:
 
 
 def number(value: Any) -> str:  # noqa: ANN401 - evidence holds numbers, names, bands and lists of them
-    """A value as people write it: four significant digits, `not observed` for null."""
+    """A value as people write it: four significant digits, `not observed` for null, a band as `low to high`."""
     if value is None:
         return "not observed"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        if isinstance(value, Mapping):
-            return ", ".join(f"{name} {number(entry)}" for name, entry in value.items())
-        if isinstance(value, (list, tuple)):
-            return " to ".join(number(entry) for entry in value)
-        return str(value)
-    if isinstance(value, float) and math.isnan(value):
-        return "NaN"
-    return str(value) if isinstance(value, int) else f"{value:.4g}"
+    if isinstance(value, (Mapping, list, tuple)):
+        return _several(value)
+    if isinstance(value, float):
+        return "NaN" if math.isnan(value) else f"{value:.4g}"
+    return str(value)
+
+
+def _several(values: Mapping[str, Any] | Sequence[Any]) -> str:
+    if not values:
+        return "none"
+    if isinstance(values, Mapping):
+        return ", ".join(f"{name} {number(entry)}" for name, entry in values.items())
+    return (" to " if len(values) == 2 else ", ").join(number(entry) for entry in values)  # noqa: PLR2004 - a band has two ends

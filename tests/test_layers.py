@@ -13,10 +13,11 @@ from synthetic import write_run
 ROOT = Path(__file__).resolve().parent.parent
 TOPS = {"diagnostics": "diagnostics", "app": "diagnostics.app", "cli": "diagnostics.cli"}
 
-# What each layer may import of the package, itself always included. A longer name wins over a shorter one:
+# What each layer may import of the package, itself and the version always included. A longer name wins over a shorter one:
 # control.mailbox is no part of what is said of control. "" is diagnostics/__init__.py.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "version": set(),
     "store": {"errors"},
     "control.commands": {"errors"},
     "control.mailbox": {"errors", "store", "control.commands"},
@@ -24,8 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "detect": {"errors", "store"},
     "report": {"errors", "store", "detect"},
     "attach": {"errors", "measure"},
-    "remedies": {"errors", "measure"},
-    "control": {"errors", "store", "remedies", "control.commands", "control.mailbox"},
+    "remedies": {"errors", "measure", "attach"},
+    "control": {"errors", "store", "attach", "remedies", "control.commands", "control.mailbox"},
     "record": {
         "errors",
         "store",
@@ -55,7 +56,7 @@ DRAWERS = {"util", "utils", "helper", "helpers", "misc", "common", "manager"}
 
 @dataclass(frozen=True)
 class Import:
-    """The target of one import, absolute; `lazy` where it stands inside a function."""
+    """The target of one import, absolute; `lazy` where it does not run when the module is imported."""
 
     target: str
     lazy: bool
@@ -78,14 +79,20 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
+def is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
 @cache
 def imports_of(name: str) -> tuple[Import, ...]:
     path = modules()[name]
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    functions = [
-        node for node in ast.walk(tree_of(path)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-    ]
-    inside = {id(node) for function in functions for node in ast.walk(function)}
+    inside = {
+        id(node)
+        for around in ast.walk(tree_of(path))
+        if isinstance(around, (ast.FunctionDef, ast.AsyncFunctionDef)) or is_for_types(around)
+        for node in ast.walk(around)
+    }
     found = []
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
@@ -111,7 +118,7 @@ def layer_of(name: str) -> str:
 
 
 def is_ours(target: str) -> bool:
-    return target.split(".")[0] == "diagnostics"
+    return target.split(".", maxsplit=1)[0] == "diagnostics"
 
 
 def names_of(layers: tuple[str, ...]) -> list[str]:
@@ -148,7 +155,7 @@ def test_each_layer_imports_only_what_it_may() -> None:
             if not is_ours(entry.target):
                 continue
             target = layer_of(entry.target)
-            if target == layer or target in ALLOWED[layer]:
+            if target in (layer, "version") or target in ALLOWED[layer]:
                 continue
             if entry.lazy and (name, target) in LAZY_EXCEPTIONS:
                 continue

@@ -36,7 +36,11 @@ class Arm:
 ARMS = (
     Arm("gpt-warmup", "AdamW with learning-rate warmup, the healthy reference", warmup_steps=WARMUP_STEPS),
     Arm("gpt-no-warmup", "AdamW at the full rate from the first step"),
-    Arm("gpt-no-warmup-bound", "the same, with the spectral bound armed from the first step", bound_from_start=True),
+    Arm(
+        "gpt-no-warmup-bound",
+        "the same, with the spectral bound armed from the first step",
+        bound_from_start=True,
+    ),
     Arm("gpt-rescued", "the same, with the bound armed on the way by another process", rescued=True),
 )
 

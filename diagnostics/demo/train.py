@@ -21,7 +21,13 @@ _COMMAND_ARRIVES_WITHIN_S = 60.0
 
 
 def train_arm(
-    arm: Arm, run_dir: Path, *, steps: int, seed: int, rescue_step: int | None, on_step: Callable[[int, float], None]
+    arm: Arm,
+    run_dir: Path,
+    *,
+    steps: int,
+    seed: int,
+    rescue_step: int | None,
+    on_step: Callable[[int, float], None],
 ) -> int | None:
     """Trains one arm and records it.
 
@@ -74,8 +80,19 @@ def _rescue_is_due(run_dir: Path, step: int, rescue_step: int | None) -> bool:
 
 def _send_from_another_process(recorder: Recorder) -> None:
     """What a person would type in another terminal."""
-    command = [sys.executable, "-m", "diagnostics", "control", str(recorder.run_dir), "spectral-bound", "--tau", str(TAU)]
+    command = [
+        sys.executable,
+        "-m",
+        "diagnostics",
+        "control",
+        str(recorder.run_dir),
+        "spectral-bound",
+        "--tau",
+        str(TAU),
+    ]
     subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline_s = time.monotonic() + _COMMAND_ARRIVES_WITHIN_S
-    while time.monotonic() < deadline_s and recorder.controller is not None and not recorder.controller.waiting:
+    while (
+        time.monotonic() < deadline_s and recorder.controller is not None and not recorder.controller.waiting
+    ):
         time.sleep(0.02)

@@ -3,6 +3,7 @@
 Shape suffixes: b matrix, m row, n column, j and i Lanczos step.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,11 @@ from diagnostics.measure.precision import full_precision
 # Share of a fixed direction in a warm start: without it a start that is a singular vector would stay one for
 # ever, although another has overtaken it. Lanczos makes good for what it costs within a step or two.
 MIXED_IN = 0.1
-# B^T B of the projected problem is raised to the power 2^14: two Ritz values 0.1 % apart are told apart to 1e-14,
-# and of closer ones either is right to 1e-4.
-SQUARINGS = 14
+# The projected B^T B is raised to the power 8^5 = 2^15: two Ritz values 0.1 % apart are told apart to 1e-14, and of
+# closer ones either is right to 1e-4.
+EIGHTH_POWERS = 5
+# Least divisor, so that 0 / 0 is 0: float32's smallest normal number.
+TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class _Krylov:
         self.size = 0
         self.v_bjn = a_bmn.new_empty((batch, limit, columns))
         self.v_bn, self.u_bm = v_bn, a_bmn.new_zeros((batch, rows))
+        self.largest_b = a_bmn.new_zeros(batch)
         self.diagonal_b: list[Tensor] = []
         self.above_b: list[Tensor] = [a_bmn.new_zeros(batch)]
 
@@ -108,37 +112,43 @@ class _Krylov:
         basis_bjn = self.v_bjn[:, : self.size]
         # Row vector times matrix, both ways: on a CPU bmm is up to ten times slower on a column vector.
         w_bm = torch.bmm(self.v_bn[:, None], self.a_bmn.mT)[:, 0] - self.above_b[-1][:, None] * self.u_bm
-        self.u_bm, diagonal_b = _unit(w_bm)
+        self.u_bm, diagonal_b = self._continued(w_bm)
         z_b1n = torch.bmm(self.u_bm[:, None], self.a_bmn)
-        for _ in range(2):  # twice is enough (Parlett): V stays orthonormal to rounding
-            z_b1n = z_b1n - torch.bmm(torch.bmm(z_b1n, basis_bjn.mT), basis_bjn)
-        self.v_bn, above_b = _unit(z_b1n[:, 0])
+        for _ in range(2):  # once would let rounding back in, and values far above sigma1 with it
+            z_b1n = torch.baddbmm(z_b1n, torch.bmm(z_b1n, basis_bjn.mT), basis_bjn, alpha=-1)
+        self.v_bn, above_b = self._continued(z_b1n[:, 0])
         self.diagonal_b.append(diagonal_b)
         self.above_b.append(above_b)
 
+    def _continued(self, x_bn: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit vectors and lengths; both 0 where all that is left is rounding: there the space is exhausted.
+
+        A normalised remainder of rounding need not be orthogonal to what came before it, and B would gain
+        singular values that A does not have.
+        """
+        unit_bn, length_b = _unit(x_bn)
+        exhausted_b = length_b <= 16 * torch.finfo(x_bn.dtype).eps * self.largest_b
+        self.largest_b = torch.maximum(self.largest_b, length_b)
+        return unit_bn.masked_fill(exhausted_b[:, None], 0.0), length_b.masked_fill(exhausted_b, 0.0)
+
     def ritz(self) -> Sigma1:
         """Top singular triplet of B by repeated squaring of B^T B: batched, and no LAPACK call that synchronises."""
-        wide = torch.float32 if self.a_bmn.device.type == "mps" else torch.float64
+        wide = _wide(self.a_bmn)
         b_bjj = torch.diag_embed(torch.stack(self.diagonal_b, dim=1).to(wide))
         if self.size > 1:
             b_bjj += torch.diag_embed(torch.stack(self.above_b[1:-1], dim=1).to(wide), offset=1)
         peak_b = b_bjj.amax((-2, -1))
-        b_bjj = b_bjj / torch.where(peak_b == 0, 1.0, peak_b)[:, None, None]
-        m_bjj = _of_unit_trace(b_bjj.mT @ b_bjj)
-        for _ in range(SQUARINGS):
-            m_bjj = _of_unit_trace(m_bjj @ m_bjj)
+        b_bjj = b_bjj / peak_b.clamp(min=TINY)[:, None, None]
+        m_bjj = b_bjj.mT @ b_bjj
+        for _ in range(EIGHTH_POWERS):
+            m_bjj = torch.linalg.matrix_power(_of_unit_trace(m_bjj), 8)
         # m is now y y^T up to scale: its column with the largest diagonal entry is the best y.
         column_b = m_bjj.diagonal(dim1=-2, dim2=-1).argmax(-1)
-        y_bj = torch.gather(m_bjj, 2, column_b[:, None, None].expand(-1, self.size, 1))[..., 0]
-        y_bj = torch.where(
-            (y_bj == 0).all(-1, keepdim=True), torch.eye(1, self.size, dtype=wide, device=y_bj.device), y_bj
-        )
-        y_bj, _ = _unit(y_bj)
+        y_bj, _ = _unit(torch.take_along_dim(m_bjj, column_b[:, None, None], dim=2)[..., 0])
         x_bj, value_b = _unit((b_bjj @ y_bj[..., None])[..., 0])
         inside_bj = (b_bjj.mT @ x_bj[..., None])[..., 0] - value_b[:, None] * y_bj
-        outside_b = self.above_b[-1].to(wide) / torch.where(peak_b == 0, 1.0, peak_b) * x_bj[:, -1]
-        residual_b = torch.hypot(torch.linalg.vector_norm(inside_bj, dim=-1), outside_b)
-        residual_b = residual_b / torch.where(value_b == 0, 1.0, value_b)
+        outside_b = self.above_b[-1] / peak_b.clamp(min=TINY) * x_bj[:, -1]
+        residual_b = torch.hypot(torch.linalg.vector_norm(inside_bj, dim=-1), outside_b) / value_b.clamp(min=TINY)
         value_b = value_b * peak_b
         dtype = self.a_bmn.dtype
         vector_bn, _ = _unit(torch.bmm(y_bj[:, None].to(dtype), self.v_bjn[:, : self.size])[:, 0])
@@ -146,33 +156,25 @@ class _Krylov:
 
 
 def _start(a_bmn: Tensor, start_bn: Tensor | None) -> Tensor:
-    fixed_n = _fixed_direction(a_bmn.shape[2], a_bmn.device).to(a_bmn.dtype)
-    fixed_bn, _ = _unit(fixed_n.expand(a_bmn.shape[0], -1))
+    # A chirp: without pattern, the same on every device, and no more parallel to one wave than to another.
+    index_n = torch.arange(1, a_bmn.shape[2] + 1, device=a_bmn.device, dtype=_wide(a_bmn))
+    fixed_bn = index_n.square().mul_(math.sqrt(2.0)).cos_().to(a_bmn.dtype).expand(a_bmn.shape[0], -1)
+    fixed_bn, _ = _unit(fixed_bn)
     if start_bn is None:
         return fixed_bn
-    start_bn = start_bn.to(a_bmn)
-    start_bn = torch.where(start_bn.isfinite().all(-1, keepdim=True), start_bn, 0.0)
-    mixed_bn, _ = _unit(_unit(start_bn)[0] + MIXED_IN * fixed_bn)
-    return mixed_bn
-
-
-def _fixed_direction(columns: int, device: torch.device) -> Tensor:
-    """Numbers in [-0.5, 0.5) without pattern, the same on every device: a 31-bit integer hash of the index."""
-    mask = 2**31 - 1
-    hash_n = torch.arange(1, columns + 1, dtype=torch.int64, device=device)
-    for multiplier in (0x45D9F3B, 0x119DE1F3):
-        hash_n = (hash_n * multiplier) & mask
-        hash_n = hash_n ^ (hash_n >> 15)
-    return hash_n.float() / 2**31 - 0.5
+    usable_bn, _ = _unit(start_bn.to(a_bmn).nan_to_num(0.0, 0.0, 0.0))
+    return _unit(usable_bn + MIXED_IN * fixed_bn)[0]
 
 
 def _unit(x_bn: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of length 1 and their lengths; a zero row stays zero. Squares in float64: weights of 1e-25 have norms too."""
-    wide = torch.float32 if x_bn.device.type == "mps" else torch.float64
-    length_b = torch.linalg.vector_norm(x_bn, dim=-1, dtype=wide).to(x_bn.dtype)
-    return x_bn / length_b.clamp(min=torch.finfo(x_bn.dtype).tiny)[:, None], length_b
+    length_b = torch.linalg.vector_norm(x_bn, dim=-1, dtype=_wide(x_bn)).to(x_bn.dtype)
+    return x_bn / length_b.clamp(min=TINY)[:, None], length_b
 
 
 def _of_unit_trace(m_bjj: Tensor) -> Tensor:
-    trace_b = m_bjj.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return m_bjj / torch.where(trace_b == 0, 1.0, trace_b)[:, None, None]
+    return m_bjj / m_bjj.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=TINY)[:, None, None]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64  # Metal has no float64

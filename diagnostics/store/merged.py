@@ -3,7 +3,8 @@
 Merging cannot replace several files by one in a single step of the file system, so for a moment, or after a
 kill for good, the merged file lies beside those it was made of. It therefore carries their names in its
 Parquet metadata, and a reader leaves out every part that a merged file names. The name says that a file is
-merged, so that a directory without any is read without opening a file more.
+merged, so that a directory without any is read without opening a file more. Part names must never be used
+twice in a run: a new part under a replaced name would count as replaced.
 """
 
 import json

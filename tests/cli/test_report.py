@@ -1,0 +1,230 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic import write_run, write_table
+
+from diagnostics.detect.finding import Finding
+from diagnostics.report import Report, assess
+
+Command = Callable[..., Any]
+
+
+def strict_json(text: str) -> Any:
+    """Reads JSON as other languages do: NaN and Infinity are errors, and so is a second document."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_a_healthy_run_gives_0_and_a_line_that_says_so(diagnostics: Command, tmp_path: Path) -> None:
+    ended = diagnostics("report", write_run(tmp_path))
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out == "run: healthy at step 99\n"
+
+
+def test_a_collapsing_run_gives_1_and_says_what_is_wrong_where_since_when_and_what_to_do(
+    diagnostics: Command, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path, steps=400, collapse=True)
+    finding = assess(run).findings[0]
+    ended = diagnostics("report", run)
+    assert ended.code == 1
+    first_line = ended.out.splitlines()[0]
+    assert first_line.startswith("run: collapsed at step 399")
+    assert f"since step {finding.first_step}" in first_line
+    assert f"{finding.kind} in {finding.layer}" in first_line
+    for name in finding.evidence:
+        assert name in ended.out
+    assert finding.message in ended.out
+    # The command to type names this run.
+    assert f"diagnostics control {run} " in ended.out
+
+
+@pytest.mark.parametrize(("fail_on", "code"), [("at-risk", 1), ("collapsed", 1), ("diverged", 0)])
+def test_a_collapsed_run_fails_only_where_the_threshold_is_not_above_it(
+    diagnostics: Command, tmp_path: Path, fail_on: str, code: int
+) -> None:
+    run = write_run(tmp_path, steps=400, collapse=True)
+    assert diagnostics("report", run, "--fail-on", fail_on).code == code
+
+
+def test_a_run_without_a_step_gives_3(diagnostics: Command, tmp_path: Path) -> None:
+    ended = diagnostics("report", write_run(tmp_path, steps=0))
+    assert ended.code == 3
+    assert ended.out.startswith("run: no data to judge")
+
+
+@pytest.mark.parametrize("made", ["missing", "file", "folder"])
+def test_a_path_that_is_no_run_gives_2_and_one_line_on_stderr(
+    diagnostics: Command, tmp_path: Path, made: str
+) -> None:
+    path = tmp_path / "path"
+    if made == "file":
+        path.write_text("")
+    if made == "folder":
+        path.mkdir()
+    ended = diagnostics("report", path)
+    assert (ended.code, ended.out) == (2, "")
+    assert len(ended.err.splitlines()) == 1
+    assert str(path) in ended.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("report",),
+        ("report", ".", "--fail-on", "healthy"),
+        ("report", ".", "--up-to-step", "-1"),
+        ("report", ".", "--up-to-step", "soon"),
+        ("report", ".", "--colour"),
+        ("judge", "."),
+    ],
+)
+def test_wrong_usage_gives_2_and_no_traceback(diagnostics: Command, arguments: tuple[str, ...]) -> None:
+    ended = diagnostics(*arguments)
+    assert (ended.code, ended.out) == (2, "")
+    assert "Error: " in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_json_is_one_document_with_a_list_of_runs_even_for_one_run(
+    diagnostics: Command, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path, steps=400, collapse=True)
+    ended = diagnostics("report", run, "--json")
+    (judged,) = strict_json(ended.out)["runs"]
+    assert (ended.code, ended.err) == (1, "")
+    assert (judged["run"], judged["status"], judged["step"]) == ("run", "collapsed", 399)
+    assert judged["findings"][0]["kind"] == assess(run).findings[0].kind
+
+
+def test_json_holds_null_where_the_evidence_is_not_finite(
+    diagnostics: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evidence = {"loss": float("nan"), "logits": [1.0, float("inf")]}
+    finding = Finding("divergence", "critical", None, None, 5, evidence, status="diverged")
+    report = Report(run="run", status="diverged", step=5, findings=(finding,))
+    monkeypatch.setattr("diagnostics.cli.report.assess", lambda *_, **__: report)
+    ended = diagnostics("report", write_run(tmp_path), "--json")
+    assert strict_json(ended.out)["runs"][0]["findings"][0]["evidence"] == {
+        "loss": None,
+        "logits": [1.0, None],
+    }
+
+
+def test_of_several_runs_the_worst_counts(diagnostics: Command, tmp_path: Path) -> None:
+    write_run(tmp_path, "a")
+    assert diagnostics("report", tmp_path).code == 0
+    write_run(tmp_path, "b", steps=0)
+    assert diagnostics("report", tmp_path).code == 3
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "run.json").write_text('{"schema_version": 999}')
+    assert diagnostics("report", tmp_path).code == 2
+    write_run(tmp_path, "deep/d", steps=400, collapse=True)
+    ended = diagnostics("report", tmp_path, "--json")
+    assert ended.code == 1
+    statuses = {run["run"]: run["status"] for run in strict_json(ended.out)["runs"]}
+    assert statuses == {"a": "healthy", "b": "no-data", "c": "no-data", "d": "collapsed"}
+
+
+def test_an_unreadable_run_among_readable_ones_is_named_on_stderr_and_hides_none(
+    diagnostics: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "run.json").write_text('{"schema_version": 999}')
+    write_run(tmp_path, "old")
+    ended = diagnostics("report", tmp_path)
+    assert ended.code == 2
+    assert "schema version 999" in ended.err
+    assert "old: healthy at step 99" in ended.out
+
+
+def test_up_to_step_sees_nothing_of_what_comes_after(diagnostics: Command, tmp_path: Path) -> None:
+    run = write_run(tmp_path, steps=400, collapse=True)
+    ended = diagnostics("report", run, "--up-to-step", 100, "--json")
+    (judged,) = strict_json(ended.out)["runs"]
+    assert ended.code == 0
+    assert (judged["status"], judged["step"], judged["findings"]) == ("healthy", 100, [])
+
+
+def test_a_damaged_file_is_one_line_on_stderr_and_the_rest_is_judged(
+    diagnostics: Command, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path)
+    (part,) = (run / "updates").iterdir()
+    part.write_bytes(part.read_bytes()[:200])
+    ended = diagnostics("report", run, "--json")
+    (judged,) = strict_json(ended.out)["runs"]
+    assert (ended.code, judged["status"]) == (0, "healthy")
+    assert any(part.name in sentence for sentence in judged["missing"])
+    (line,) = ended.err.splitlines()
+    assert line.startswith("diagnostics: warning: ")
+    assert part.name in line
+
+
+def test_a_finding_that_cleared_is_told_as_such_and_fails_nothing(
+    diagnostics: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finding = Finding(
+        "entropy-collapse",
+        "critical",
+        "blocks.0.attn",
+        1,
+        40,
+        {"entropy": 0.3},
+        status="collapsed",
+        last_step=80,
+    )
+    report = Report(run="run", status="healthy", step=99, findings=(finding,))
+    monkeypatch.setattr("diagnostics.cli.report.assess", lambda *_, **__: report)
+    ended = diagnostics("report", write_run(tmp_path))
+    assert ended.code == 0
+    assert ended.out.splitlines()[:2] == [
+        "run: healthy at step 99, after 1 finding that cleared again",
+        "  critical: entropy-collapse in blocks.0.attn, head 1, from step 40 to 80, recovered",
+    ]
+
+
+def test_a_forecast_is_told_with_its_interval(
+    diagnostics: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forecast = {"steps_to_collapse": 120.0, "low": 80.0, "high": 200.0, "confidence": 0.7}
+    report = Report(run="run", status="at-risk", step=99, forecast=forecast)
+    monkeypatch.setattr("diagnostics.cli.report.assess", lambda *_, **__: report)
+    ended = diagnostics("report", write_run(tmp_path))
+    assert ended.code == 1
+    assert "forecast: collapse in about 120 steps (80 to 200), confidence 0.7" in ended.out
+
+
+def test_a_loss_that_is_not_a_number_is_a_finding(diagnostics: Command, tmp_path: Path) -> None:
+    run = write_run(tmp_path, steps=40)
+    rows = [
+        {
+            "step": step,
+            "time_s": 0.0,
+            "loss": float("nan"),
+            "lr": 1e-3,
+            "measured": step % 10 == 0,
+            "overhead_s": 0.0,
+        }
+        for step in range(40, 80)
+    ]
+    write_table(run, "steps", rows, number=1)
+    ended = diagnostics("report", run, "--json")
+    (judged,) = strict_json(ended.out)["runs"]
+    assert (ended.code, judged["status"]) == (1, "diverged")
+
+
+def test_the_command_runs_as_a_module_too(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    ended = subprocess.run(
+        [sys.executable, "-m", "diagnostics", "report", run], check=False, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "run: healthy at step 99\n", "")
