@@ -13,7 +13,7 @@ from .output import answers, say
 def compact(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, live or finished.")],
 ) -> None:
-    """Merge small part files of RUN; safe on a live run and beside its readers."""
+    """Merge small part files; safe on a live run."""
     result = compact_run(run)
     for path, reason in result.damaged.items():
         say(f"warning: {path} is damaged and was left as it is: {reason}")

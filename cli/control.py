@@ -30,7 +30,7 @@ def control(
     ] = None,
     threshold: Annotated[float | None, typer.Option(help="qk-clip: the largest logit to allow.")] = None,
 ) -> None:
-    """Send COMMAND to a live run and wait until the run says what it did.
+    """Send COMMAND to a live run, wait for its answer.
 
     Exit code: 0 applied, 1 rejected by the run or expired, 2 malformed or not a live run.
     """

@@ -31,7 +31,10 @@ def demo(
     ] = 0,
     no_dashboard: Annotated[bool, typer.Option("--no-dashboard", help="End after the reports.")] = False,
 ) -> None:
-    """Train the demonstration runs on real text, print their reports, serve the dashboard on them."""
+    """Train the demonstration runs and show them.
+
+    A small GPT is trained on real text in several arms; then their reports are printed and the dashboard is served.
+    """
     # The one verb that trains, and so the one that needs torch; all others work without it installed.
     try:
         from diagnostics.demo.main import run_demo  # noqa: PLC0415 - see above

@@ -26,9 +26,9 @@ def export(
     to: Annotated[Format, typer.Option("--to", help="The format.")],
     out: Annotated[Path, typer.Option("--out", help="A new or empty folder.")],
 ) -> None:
-    """Write the run to PATH: csv and jsonl give one file per table, tensorboard one event file.
+    """Write the run in another tool's format.
 
-    An empty field (csv) or null (jsonl) was not measured; NaN and Infinity were, and are written as such.
+    csv and jsonl give one file per table, tensorboard one event file. An empty field (csv) or null (jsonl) was not measured; NaN and Infinity were, and are written as such.
     """
     for path, rows in export_run(open_run(run), to.value, out).items():
         answers().print(f"{path}: {rows} {'values' if to is Format.TENSORBOARD else 'rows'}", soft_wrap=True)

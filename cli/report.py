@@ -34,7 +34,9 @@ def report(
         int | None, typer.Option(min=0, metavar="N", help="Judge as if the run had only come to step N.")
     ] = None,
 ) -> None:
-    """Judge one run, or each run below PATH: what is wrong, where, since when, what to do.
+    """Judge one run, or each run below PATH.
+
+    Says what is wrong, in which layer and head, since which step, with what evidence, and what to do.
 
     Exit code: 0 nothing at or above --fail-on, 1 a finding there, 2 wrong usage or an unreadable path, 3 no data.
     """

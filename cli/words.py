@@ -77,13 +77,20 @@ def _finding_lines(finding: Finding, run_dir: Path) -> Iterator[Text]:
     if finding.message:
         yield Text(f"    {finding.message}")
     if finding.evidence:
-        yield Text(
-            f"    evidence: {'; '.join(f'{name} {number(value)}' for name, value in finding.evidence.items())}"
-        )
+        yield Text(f"    evidence: {'; '.join(_evidence(finding.evidence))}")
     if finding.advice and finding.active:
         # Findings know no path, their advice says RUN; here the path is known and the line can be pasted.
         advice = finding.advice.replace("control RUN ", f"control {shlex.quote(str(run_dir))} ")
         yield Text(f"    do: {advice}")
+
+
+def _evidence(evidence: Mapping[str, Any]) -> Iterator[str]:
+    """Each number with the healthy band that it left, where the detector gives one as `<name>_healthy`."""
+    for name, value in evidence.items():
+        if name.endswith("_healthy") and name.removesuffix("_healthy") in evidence:
+            continue
+        band = evidence.get(f"{name}_healthy")
+        yield f"{name} {number(value)}" + ("" if band is None else f" (healthy: {number(band)})")
 
 
 def _forecast(forecast: Mapping[str, float]) -> str:

@@ -163,7 +163,7 @@ def test_statuses_severities_and_states_are_the_contracts() -> None:
 
 
 def test_report_json_has_the_contracts_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["report", "--json", str(write_run(tmp_path, steps=400, collapse=True))])
+    main(["report", "--json", str(write_run(tmp_path, steps=100, collapse=True))])
     document = json.loads(capsys.readouterr().out)
     assert list(document) == ["runs"]
     # `missing`, `message` and `last_step` are ours beside the contract's.

@@ -23,20 +23,21 @@ class SiteBook:
     """
 
     def __init__(self, model: nn.Module, layers: re.Pattern[str] | None = None) -> None:
-        self._order = [name for name, _ in model.named_modules()]
         self._modules = dict(model.named_modules())
+        self._order = {name: index for index, name in enumerate(self._modules)}
         self._layers = layers
         self._known: dict[str, Site] = {}
         self.skipped: dict[str, str] = {}
         self._confirmed: set[str] = set()
+        self._uncalled: set[str] = set()
+        self._unwanted: set[tuple[str, ...]] = set()
         for site in candidate_sites(model):
             if self._wanted(site.name):
                 self._known[site.name] = site
 
     @property
     def sites(self) -> Sites:
-        order = {name: index for index, name in enumerate(self._order)}
-        found = sorted(self._known.values(), key=lambda site: order.get(site.name, len(order)))
+        found = sorted(self._known.values(), key=lambda site: self._order.get(site.name, len(self._order)))
         return Sites([site for site in found if site.name not in self.skipped], self.skipped)
 
     @property
@@ -51,7 +52,10 @@ class SiteBook:
         """Marks the candidates that no observed forward has called; returns their names."""
         uncalled = [name for name in self._known if name not in self._confirmed and name not in self.skipped]
         for name in uncalled:
-            self.skip(name, "its name suggests attention, but no attention call was seen in it")
+            self.skip(
+                name, "its name suggests attention, but no attention call was seen in it in a training forward"
+            )
+        self._uncalled |= set(uncalled)
         return uncalled
 
     def site_of(self, call: AttentionCall, path: Sequence[str], observer: Observer) -> Site | None:
@@ -62,20 +66,23 @@ class SiteBook:
             path: paths of the running modules, outermost first.
             observer: gives the matrix products seen just before.
         """
+        if tuple(path) in self._unwanted:
+            return None
         name = next((name for name in reversed(path) if name in self._known), None)
         if name is not None and name in self._confirmed:
-            return None if name in self.skipped and not self._was_uncalled(name) else self._known[name]
+            return None if name in self.skipped else self._known[name]
         site = self._confirm(name, call, path, observer)
         if not self._wanted(site.name):
-            self._confirmed.add(site.name)
+            self._unwanted.add(tuple(path))
             return None
+        if call.has_bias:
+            site = site.with_flags("bias")
         self._known[site.name] = site
         self._confirmed.add(site.name)
-        self.skipped.pop(site.name, None)
+        if site.name in self._uncalled:  # called for the first time after all
+            self._uncalled.remove(site.name)
+            self.skipped.pop(site.name, None)
         return site
-
-    def _was_uncalled(self, name: str) -> bool:
-        return self.skipped.get(name, "").startswith("its name suggests")
 
     def _wanted(self, name: str) -> bool:
         return self._layers is None or self._layers.search(name) is not None
@@ -117,6 +124,7 @@ class SiteBook:
         site = Site(
             name, heads, heads, head_dim, verified="call", kv_head=tuple(range(heads)),
             layout="one matrix, rows [q heads; k heads; v heads]" if weight_q is weight_k else "separate q and k",
+            flags=("cross",) if call.cross else (),
         )  # fmt: skip
         if names[0] is None or names[1] is None:
             return replace(

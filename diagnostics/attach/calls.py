@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from diagnostics.measure.attention import HIDDEN_BIAS
+
 _MHA_SIGNATURE = inspect.signature(functional.multi_head_attention_forward)
-_LOWEST = -1e30
-"""Additive mask entries below this hide a key: -inf, and the lowest finite numbers that libraries use for it."""
 
 
 class UnsupportedCallError(Exception):
@@ -32,6 +32,7 @@ class AttentionCall:
         is_causal: whether row t sees keys 0..t only.
         mask: None, bool (True: visible) or float (added), broadcastable to (B, H, T, S).
         weights: the parameters holding Wq and Wk and the first row of each, where the call itself names them.
+        cross: whether the call itself says that queries and keys come from different tensors.
     """
 
     q_bhtk: Tensor
@@ -40,6 +41,15 @@ class AttentionCall:
     is_causal: bool = False
     mask: Tensor | None = None
     weights: tuple[tuple[Tensor, int], tuple[Tensor, int]] | None = None
+    cross: bool = False
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether something real is added to visible logits (ALiBi, relative positions); fetches from the device."""
+        if self.mask is None or self.mask.dtype == torch.bool:
+            return False
+        visible = self.mask > HIDDEN_BIAS
+        return bool((visible & (self.mask != 0)).any())
 
 
 def scaled_dot_product_call(
@@ -56,8 +66,16 @@ def scaled_dot_product_call(
     if query.is_nested or key.is_nested:
         raise UnsupportedCallError("nested tensors are not supported yet")
     q_bhtk, k_bgsk = _four_dimensions(query), _four_dimensions(key)
+    batch = max(q_bhtk.shape[0], k_bgsk.shape[0])
+    mask = attn_mask
+    if mask is not None and query.ndim == 3 and mask.ndim == 3:  # noqa: PLR2004 - (B, T, S): its B is no head
+        mask = mask[:, None]
     return AttentionCall(
-        q_bhtk, k_bgsk, scale if scale is not None else 1.0 / math.sqrt(query.shape[-1]), is_causal, attn_mask
+        q_bhtk.expand(batch, -1, -1, -1),
+        k_bgsk.expand(batch, -1, -1, -1),
+        scale if scale is not None else 1.0 / math.sqrt(query.shape[-1]),
+        is_causal,
+        mask,
     )
 
 
@@ -93,8 +111,13 @@ def multi_head_call(*args: Any, **kwargs: Any) -> AttentionCall:  # noqa: ANN401
     mask = _multi_head_mask(a["attn_mask"], a["key_padding_mask"], heads, keys=k_sbe.shape[0])
     return AttentionCall(
         q_bhtk, k_bhsk, 1.0 / math.sqrt(width // heads), is_causal=False, mask=mask,
-        weights=((weight_q, 0), (weight_k, key_row)),
+        weights=((weight_q, 0), (weight_k, key_row)), cross=not _same(a["query"], a["key"]),
     )  # fmt: skip
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two arguments are one tensor, also where nn.MultiheadAttention has transposed each by itself."""
+    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
 
 
 def _split_heads(x_tbe: Tensor, heads: int) -> Tensor:
@@ -108,8 +131,8 @@ def _multi_head_mask(
     """Both masks of multi_head_attention_forward as one; there True means hidden, the opposite of here."""
     parts = []
     if attn_mask is not None:
-        mask = attn_mask if attn_mask.ndim == 2 else attn_mask.unflatten(0, (-1, heads))  # noqa: PLR2004 - (T, S)
-        parts.append(mask)
+        rows_keys = attn_mask.shape[-2:]
+        parts.append(attn_mask if attn_mask.ndim == 2 else attn_mask.reshape(-1, heads, *rows_keys))  # noqa: PLR2004 - (T, S)
     if padding_bs is not None:
         parts.append(
             padding_bs[..., None, None, :] if padding_bs.ndim > 1 else padding_bs[None, None, None, :]
@@ -139,5 +162,5 @@ def split_mask(mask: Tensor) -> tuple[Tensor, Tensor | None]:
     """A mask as (visible, bias): bool, and what is added to the visible logits (None for a bool mask)."""
     if mask.dtype == torch.bool:
         return mask, None
-    visible = mask > _LOWEST
+    visible = mask > HIDDEN_BIAS
     return visible, torch.where(visible, mask, torch.zeros((), dtype=mask.dtype, device=mask.device))

@@ -5,6 +5,7 @@ sees the attention calls made inside it. Nothing is installed on the model itsel
 or saved while attached carries nothing of ours, and torch's own fast paths stay as they are.
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils.hooks import RemovableHandle
 
 from diagnostics.attach.calls import AttentionCall, multi_head_call, scaled_dot_product_call
@@ -32,6 +33,7 @@ _PRODUCTS: Mapping[Callable[..., Any], tuple[int, int, bool]] = {
     torch.Tensor.__matmul__: (0, 1, True),
     torch.mm: (0, 1, True),
 }
+_FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 _PRODUCTS_KEPT = 16
 """The projections of an attention call are among the last few products before it; older outputs are let go."""
 
@@ -68,7 +70,9 @@ class Observer:
         self._names: dict[int, str] = {}
         self._parameters: dict[int, str] = {}
         self._stack: list[tuple[int, str]] = []
+        self._thread: int | None = None
         self._mode: _Mode | None = None
+        self._paused_below = 0
         self.products: deque[Product] = deque(maxlen=_PRODUCTS_KEPT)
         self.wants_products = True
         """Whether matrix products are to be remembered, for the probe; off once every layout is known."""
@@ -86,11 +90,16 @@ class Observer:
         ]
 
     def disarm(self) -> None:
-        """Takes every hook out again; safe to call at any time, also inside a forward."""
+        """Takes every hook out again; idempotent.
+
+        For the training thread between two forwards: torch walks its table of hooks while a forward raises,
+        and keeps function modes per thread.
+        """
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self._stack.clear()
+        self._paused_below = 0
         self._stop_mode()
         self.products.clear()
 
@@ -98,19 +107,31 @@ class Observer:
         name = self._names.get(id(module))
         if name is None:
             return
-        if not self._stack and not self._starts_forward():
-            return
+        if not self._stack:
+            if not self._starts_forward():
+                return
+            self._thread = threading.get_ident()
+        elif self._thread != threading.get_ident():
+            return  # the same model in another thread, an evaluation say
         self._stack.append((id(module), name))
-        if self._mode is None:
-            self._mode = _Mode(self)
-            self._mode.__enter__()
+        if self._paused_below:
+            return
+        if _may_take_fast_path(module):
+            self._stop_mode()
+            self._paused_below = len(self._stack)
+        else:
+            self._start_mode()
 
     def _leave(self, module: nn.Module, _: object, __: object) -> None:
-        if not self._stack or id(module) not in self._names:
+        if self._thread != threading.get_ident() or all(id(module) != running for running, _ in self._stack):
             return
         # A module whose forward raised may have left others above itself.
-        while self._stack and self._stack.pop()[0] != id(module):
+        while self._stack.pop()[0] != id(module):
             pass
+        if len(self._stack) < self._paused_below:
+            self._paused_below = 0
+            if self._stack:
+                self._start_mode()
         if not self._stack:
             self._stop_mode()
             self.products.clear()
@@ -120,17 +141,26 @@ class Observer:
     def _starts_forward() -> bool:
         """A training forward: gradients are recorded, and it is no recomputation inside a backward."""
         recomputing = torch._C._current_graph_task_id() != -1  # noqa: SLF001 - torch has no public name for it
-        return torch.is_grad_enabled() and not recomputing and not torch.jit.is_tracing()
+        tracing = torch._C._get_tracing_state() is not None  # noqa: SLF001 - the public name is untyped
+        return torch.is_grad_enabled() and not recomputing and not tracing
+
+    def _start_mode(self) -> None:
+        if self._mode is None:
+            self._mode = _Mode(self)
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def _stop_mode(self) -> None:
-        if self._mode is not None:
-            self._mode.__exit__(None, None, None)
+        # Modes are a stack: where somebody else's lies on top, ours waits for the next call of this.
+        if self._mode is not None and _get_current_function_mode() is self._mode:
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._mode = None
 
     def saw(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: object
     ) -> None:
         """Called by the mode after each torch function that ran inside the model."""
+        if not self._stack:
+            return
         as_call = _CALLS.get(func)
         if as_call is not None:
             self._contained_for(self._stack[-1][1], self._hand_over, as_call, args, kwargs)
@@ -157,6 +187,15 @@ class Observer:
 
     def parameter_name(self, parameter: Tensor) -> str | None:
         return self._parameters.get(id(parameter))
+
+
+def _may_take_fast_path(module: nn.Module) -> bool:
+    """Whether torch may run a fused inference kernel for a frozen part: a mode would keep it from doing so."""
+    return (
+        isinstance(module, _FAST_PATHS)
+        and not module.training
+        and not any(parameter.requires_grad for parameter in module.parameters())
+    )
 
 
 class _Mode(TorchFunctionMode):

@@ -101,7 +101,9 @@ def _energy(part: Tensor, output: Tensor) -> Tensor | None:
     weights = weights * torch.where(torch.arange(part.shape[-1], device=part.device) % 2 == 0, 1.0, -0.7).to(
         part.dtype
     )
-    (gradient,) = torch.autograd.grad((part * weights).sum(), [output], retain_graph=True, allow_unused=True)
+    gradient: Tensor | None = torch.autograd.grad(
+        (part * weights).sum(), [output], retain_graph=True, allow_unused=True
+    )[0]
     if gradient is None:
         return None
     energy_f = gradient.detach().double().square().flatten(0, -2).sum(0)

@@ -127,7 +127,7 @@ def _candidate(name: str, module: nn.Module) -> Site | None:
 def _multihead_attention(name: str, module: nn.MultiheadAttention) -> Site:
     prefix = f"{name}." if name else ""
     heads, head_dim = module.num_heads, module.head_dim
-    if module.in_proj_weight is not None:
+    if module._qkv_same_embed_dim:  # noqa: SLF001 - in_proj_weight is None otherwise, which its type denies
         layout, parameters = (
             "one matrix, rows [q heads; k heads; v heads]",
             ("in_proj_weight", "in_proj_weight"),

@@ -11,8 +11,8 @@ from torch import nn
 
 from diagnostics.attach.site import Site
 from diagnostics.control.commands import as_typed, check_command
-from diagnostics.control.mailbox import Command, take_commands, write_journal
-from diagnostics.errors import CommandError
+from diagnostics.control.mailbox import Command, Refused, take_commands, write_journal
+from diagnostics.errors import CommandError, DiagnosticsError
 from diagnostics.remedies.spectral_bound import DEFAULT_TAU, SpectralBound
 from diagnostics.store.format import CONTROL_INBOX
 
@@ -50,7 +50,7 @@ class Controller:
         announce: Announce,
     ) -> None:
         if mode not in MODES:
-            raise ValueError(f"control is {mode!r}, it must be one of {', '.join(MODES)}")
+            raise DiagnosticsError(f"control is {mode!r}, it must be one of {', '.join(MODES)}")
         self.mode = mode
         self._run_dir = run_dir
         self._run_id = run_id
@@ -61,6 +61,7 @@ class Controller:
         self._waiting: deque[Command] = deque()
         self._armed: dict[int, SpectralBound] = {}
         self._proposed: set[str] = set()
+        self._taken: set[str] = set()
         if mode != "off":
             # Only the run's own user may send: whoever can write here can change somebody's training.
             (run_dir / CONTROL_INBOX).mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -79,10 +80,28 @@ class Controller:
         if self.mode == "off":
             return
         for taken in take_commands(self._run_dir):
-            if isinstance(taken, Command):
-                self._waiting.append(taken)
+            if isinstance(taken, Refused):
+                self._refuse(taken)
+            elif taken.id in self._taken:
+                # The same command delivered again: its answer is in the journal already.
+                self._announce(
+                    "control", "warning", f"{taken.command} {taken.id} came twice, once counts", {"id": taken.id}
+                )
             else:
-                self._announce("control", "warning", taken, {"status": "rejected"})
+                self._taken.add(taken.id)
+                self._waiting.append(taken)
+
+    def _refuse(self, refused: Refused) -> None:
+        record = {
+            "id": refused.id,
+            "status": "rejected",
+            "reason": refused.reason,
+            "time_s": time.time(),
+            "before": None,
+            "after": None,
+        }
+        self._announce("control", "warning", refused.reason, record)
+        write_journal(self._run_dir, record)
 
     def propose(self, command: str, arguments: dict[str, Any], reason: str) -> None:
         """The run's own wish after an alert: applied in mode `act`, written down in mode `suggest`."""
@@ -115,7 +134,7 @@ class Controller:
             try:
                 record["before"], record["after"] = self._carry_out(command)
                 record["status"] = "applied"
-            except (CommandError, ValueError) as error:
+            except DiagnosticsError as error:
                 expired = isinstance(error, _ExpiredError)
                 record |= {"status": "expired" if expired else "rejected", "reason": str(error)}
             # The event first: whoever waits for the journal then finds it in the tables too.
@@ -141,7 +160,7 @@ class Controller:
     def _carry_out(self, command: Command) -> Effect:
         if command.run_id != self._run_id:
             raise CommandError(f"the command is for run {command.run_id}, this is run {self._run_id}")
-        if time.time() > command.expires_s:
+        if not time.time() <= command.expires_s:
             raise _ExpiredError("the command had expired when the run reached a step boundary")
         if self.mode == "observe":
             raise CommandError("the run was started with control='observe': it takes no commands")
@@ -160,13 +179,21 @@ class Controller:
         if not self._optimizers:
             raise CommandError("the recorder was given no torch optimizer, so there is no step to bound")
         before = self._bound_state()
+        for bound in self._armed.values():
+            bound.tau = tau
+        refusals = []
         for optimizer in self._optimizers:
             if id(optimizer) in self._armed:
-                self._armed[id(optimizer)].tau = tau
+                continue
+            try:
+                bound = SpectralBound.for_sites(optimizer, tau, self._model, self._sites())
+            except DiagnosticsError as error:
+                # One of several optimizers may hold vectors only.
+                refusals.append(error)
             else:
-                self._armed[id(optimizer)] = SpectralBound.for_sites(
-                    optimizer, tau, self._model, self._sites()
-                )
+                self._armed[id(optimizer)] = bound
+        if not self._armed:
+            raise refusals[0]
         return before, self._bound_state()
 
     def _disarm(self, name: str) -> Effect:

@@ -18,10 +18,13 @@ from diagnostics.control.commands import check_command
 from diagnostics.errors import CommandError
 from diagnostics.store.format import CONTROL_INBOX, CONTROL_JOURNAL
 from diagnostics.store.manifest import live_state, read_manifest, write_atomically
+from diagnostics.store.plain import to_json
 
 EXPIRY_S = 60.0
 FINAL_STATUSES = ("applied", "rejected", "expired")
 _POLL_S = 0.1
+_HALF_WRITTEN_S = 2.0
+_LARGEST_BYTES = 65536
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,14 @@ class Command:
     arguments: Mapping[str, Any]
     run_id: str
     expires_s: float
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A file in the inbox that is no command for this run; `id` is its name, which senders give to commands."""
+
+    id: str
+    reason: str
 
 
 def send(run_dir: str | os.PathLike[str], command: str, arguments: Mapping[str, Any] | None = None) -> str:
@@ -61,52 +72,65 @@ def send(run_dir: str | os.PathLike[str], command: str, arguments: Mapping[str, 
     record = {
         "id": identity,
         "command": command,
-        "arguments": _jsonable(checked),
+        "arguments": checked,
         "run_id": manifest.get("run_id"),
         "sent_s": now_s,
         "expires_s": now_s + EXPIRY_S,
         "sender": f"{socket.gethostname()}:{os.getpid()}",
     }
-    write_atomically(inbox / f"{identity}.json", json.dumps(record))
+    write_atomically(inbox / f"{identity}.json", to_json(record))
     return identity
 
 
-def take_commands(run_dir: Path) -> list[Command | str]:
-    """Empties the inbox, oldest first: a Command each, or a sentence for a file that is no command."""
+def take_commands(run_dir: Path) -> list[Command | Refused]:
+    """Empties the inbox, oldest first: what is no command of the run's own user is refused with a reason."""
     inbox = run_dir / CONTROL_INBOX
-    taken: list[Command | str] = []
+    taken: list[Command | Refused] = []
     for path in sorted(inbox.glob("*.json")) if inbox.is_dir() else []:
         if path.name.startswith("."):
             continue  # a write in progress
         try:
-            owner = path.stat().st_uid
-            record = json.loads(path.read_text(encoding="utf-8"))
-            path.unlink()
-            if owner != os.getuid():
-                taken.append(f"{path.name} belongs to user {owner}, not to the run's user; it was ignored")
+            found = _read_command(path)
+            if found is None:
                 continue
-            taken.append(
-                Command(
-                    id=str(record["id"]),
-                    command=str(record["command"]),
-                    arguments=dict(record["arguments"]),
-                    run_id=str(record["run_id"]),
-                    expires_s=float(record["expires_s"]),
-                )
-            )
+            path.unlink()
         except FileNotFoundError:
-            continue
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            path.unlink(missing_ok=True)
-            taken.append(f"{path.name} is no command ({type(error).__name__}: {error}); it was removed")
+            continue  # its sender took it back
+        except OSError as error:
+            # A directory, say, that cannot be removed either: under another name it is met once only.
+            path.rename(path.with_suffix(".refused"))
+            found = Refused(path.stem, f"{path.name} cannot be read ({error})")
+        taken.append(found)
     return taken
+
+
+def _read_command(path: Path) -> Command | Refused | None:
+    """What a file holds; None while it may still be in the writing."""
+    status = path.lstat()
+    if status.st_uid != os.getuid():
+        return Refused(path.stem, f"{path.name} belongs to user {status.st_uid}, not to the run's user")
+    if status.st_size > _LARGEST_BYTES:
+        return Refused(path.stem, f"{path.name} has {status.st_size} bytes, a command has {_LARGEST_BYTES} at most")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return Command(
+            id=str(record["id"]),
+            command=str(record["command"]),
+            arguments=dict(record["arguments"]),
+            run_id=str(record["run_id"]),
+            expires_s=float(record["expires_s"]),
+        )
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        # A sender that does not rename, as `send` does, may be seen half-way.
+        if time.time() - status.st_mtime < _HALF_WRITTEN_S:
+            return None
+        return Refused(path.stem, f"{path.name} is no command ({type(error).__name__}: {error})")
 
 
 def write_journal(run_dir: Path, record: Mapping[str, Any]) -> None:
     """Appends what the run did with a command; on disk when this returns."""
-    line = json.dumps(_jsonable(record), allow_nan=False, default=str) + "\n"
     with (run_dir / CONTROL_JOURNAL).open("a", encoding="utf-8") as file:
-        file.write(line)
+        file.write(to_json(record) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -117,7 +141,7 @@ def read_journal(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
         lines = (Path(run_dir) / CONTROL_JOURNAL).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return []
-    records = []
+    records: list[dict[str, Any]] = []
     for line in lines:
         try:
             records.append(json.loads(line))
@@ -157,14 +181,4 @@ def await_acknowledgement(
         "reason": f"the run did not take the command within {timeout_s:g} s or ended before; it was withdrawn",
         "before": None,
         "after": None,
-    }
-
-
-def _jsonable(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Infinity is a legal tau but no JSON: it travels as the string that float() reads back."""
-    return {
-        key: _jsonable(value)
-        if isinstance(value, Mapping)
-        else (str(value) if value == float("inf") else value)
-        for key, value in record.items()
     }

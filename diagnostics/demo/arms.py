@@ -8,7 +8,6 @@ TAU = 0.01
 PEAK_LR = 3e-3
 WARMUP_STEPS = 100
 STEPS = 300
-RESCUE_STEP = 60
 BATCH_SIZE = 16
 EVERY = 10
 SHAPE = GPTShape(width=128, layers=4, heads=4, context=128)
@@ -41,7 +40,7 @@ ARMS = (
         "the same, with the spectral bound armed from the first step",
         bound_from_start=True,
     ),
-    Arm("gpt-rescued", "the same, with the bound armed on the way by another process", rescued=True),
+    Arm("gpt-rescued", "the same, with the bound armed by another process at the first alert", rescued=True),
 )
 
 

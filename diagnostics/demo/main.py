@@ -14,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from diagnostics.demo.arms import ARMS, RESCUE_STEP, STEPS
+from diagnostics.demo.arms import ARMS, STEPS
 from diagnostics.demo.train import train_arm
 from diagnostics.errors import DiagnosticsError
 from diagnostics.store.format import MANIFEST
@@ -50,7 +50,7 @@ def run_demo(out: Path, *, steps: int | None = None, seed: int = 0) -> list[Path
             tasks = [progress.add_task(arm.name, total=length, loss=float("nan")) for arm in ARMS]
             for arm, run_dir, task in zip(ARMS, run_dirs, tasks, strict=True):
                 train_arm(
-                    arm, run_dir, steps=length, seed=seed, rescue_step=RESCUE_STEP,
+                    arm, run_dir, steps=length, seed=seed,
                     on_step=lambda _, loss, task=task: progress.update(task, advance=1, loss=loss),
                 )  # fmt: skip
     finally:

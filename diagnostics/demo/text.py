@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 TEXT_BYTES = 2_000_000
+LEAST_BYTES = 100_000
 
 
 def standard_library_text(limit: int = TEXT_BYTES) -> bytes:
@@ -25,9 +26,9 @@ def standard_library_text(limit: int = TEXT_BYTES) -> bytes:
         size += len(parts[-1])
         if size >= limit:
             break
-    if size < 100_000:
+    if size < LEAST_BYTES:
         raise FileNotFoundError(
-            f"{folder} holds {size} bytes of Python source, the demo needs at least 100000; "
+            f"{folder} holds {size} bytes of Python source, the demo needs at least {LEAST_BYTES}; "
             "run it with a Python that keeps its standard library as .py files"
         )
     return b"".join(parts)[:limit]

@@ -26,9 +26,8 @@ def train_arm(
     *,
     steps: int,
     seed: int,
-    rescue_step: int | None,
     on_step: Callable[[int, float], None],
-) -> int | None:
+) -> None:
     """Trains one arm and records it.
 
     Args:
@@ -36,12 +35,7 @@ def train_arm(
         run_dir: where the run is recorded.
         steps: optimizer steps.
         seed: of the initialisation and of the data order.
-        rescue_step: for the rescued arm: the first step under the bound; None: when the first alert of
-            collapse is on disk.
         on_step: told each step and its loss.
-
-    Returns:
-        the step from which the rescue was asked for, None where it was not.
     """
     torch.manual_seed(seed)
     model = GPT(SHAPE)
@@ -52,7 +46,7 @@ def train_arm(
         "context": SHAPE.context, "seed": seed, "tau": TAU if arm.bound_from_start else None,
     }  # fmt: skip
     bound = SpectralBound(optimizer, TAU) if arm.bound_from_start else nullcontext()
-    asked: int | None = None
+    sender: subprocess.Popen[bytes] | None = None
     with bound, Recorder(model, optimizer, run_dir, every=EVERY, config=config) as recorder:
         for step in range(steps):
             for group in optimizer.param_groups:
@@ -64,35 +58,26 @@ def train_arm(
             optimizer.step()
             # The command has to lie in the inbox before the step is closed: it is then applied to the next
             # one on every machine, however long another process takes to start.
-            if arm.rescued and asked is None and _rescue_is_due(run_dir, step, rescue_step):
-                asked = step + 1
-                _send_from_another_process(recorder)
+            if arm.rescued and sender is None and _alert_is_on_disk(run_dir, step):
+                sender = _send_from_another_process(recorder)
             recorder.step(loss=loss)
-            on_step(step, float(loss))
-    return asked
+            on_step(step, loss.item())
+        if sender is not None:
+            sender.wait(_COMMAND_ARRIVES_WITHIN_S)
 
 
-def _rescue_is_due(run_dir: Path, step: int, rescue_step: int | None) -> bool:
-    if rescue_step is not None:
-        return step + 1 >= rescue_step
-    return step % EVERY == EVERY - 1 and bool((open_run(run_dir).events(["kind"])["kind"] == "alert").any())
+def _alert_is_on_disk(run_dir: Path, step: int) -> bool:
+    """Looked at halfway between two measured steps, so that the worker has long written the last one's alerts."""
+    return step % EVERY == EVERY // 2 and bool((open_run(run_dir).events(["kind"])["kind"] == "alert").any())
 
 
-def _send_from_another_process(recorder: Recorder) -> None:
-    """What a person would type in another terminal."""
-    command = [
-        sys.executable,
-        "-m",
-        "diagnostics",
-        "control",
-        str(recorder.run_dir),
-        "spectral-bound",
-        "--tau",
-        str(TAU),
-    ]
-    subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def _send_from_another_process(recorder: Recorder) -> subprocess.Popen[bytes]:
+    """What a person would type in another terminal; returns when the command has reached the run."""
+    run = str(recorder.run_dir)
+    command = [sys.executable, "-m", "diagnostics", "control", run, "spectral-bound", "--tau", str(TAU)]
+    sender = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    controller = recorder.controller
     deadline_s = time.monotonic() + _COMMAND_ARRIVES_WITHIN_S
-    while (
-        time.monotonic() < deadline_s and recorder.controller is not None and not recorder.controller.waiting
-    ):
+    while controller is not None and not controller.waiting and time.monotonic() < deadline_s:
         time.sleep(0.02)
+    return sender

@@ -1,7 +1,7 @@
-"""Loss stall: the loss does not move. Alone it may be a finished training; with a concentrated spectrum under
-near-uniform attention it is a run that learns nothing more than token frequencies.
+"""Loss stall: the loss does not move.
 
-That picture is the rank collapse of a model stuck at the unigram loss: entropy is HIGH, SEC is near 1, because
+Alone that may be a finished training; with a concentrated spectrum under near-uniform attention it is a run
+that learns nothing more than token frequencies. That picture is the rank collapse of a model stuck at the unigram loss: entropy is HIGH, SEC is near 1, because
 every query asks the same question. A flat loss without it is reported, not alarmed.
 """
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diagnostics.errors import DiagnosticsError
 from diagnostics.measure.precision import full_precision
+from diagnostics.measure.shapes import check_query_key_shapes
 
 # Model code writes "hidden" as -inf, as finfo.min of its dtype (-65504 in float16), or as -1e4 by hand; a bias
 # that low leaves a key without weight in float32 whatever its logit.
@@ -71,7 +71,7 @@ def observe_rows(
     Raises:
         DiagnosticsError: the shapes do not fit together.
     """
-    _check_shapes(q_bhrk, k_bgsk)
+    check_query_key_shapes(q_bhrk, k_bgsk)
     with full_precision(q_bhrk.device):
         logits_bhrs = _logits(q_bhrk, k_bgsk, scale, softcap)
         if bias is not None:
@@ -105,19 +105,6 @@ def entropy_lower_bound(row_norm: Tensor, visible_keys: Tensor) -> Tensor:
     bound = torch.log1p(others * beta) + norm * beta * torch.sqrt(keys * others) / (1 + others * beta)
     bound = torch.where(visible_keys == 1, 0.0 * norm, bound)
     return bound.masked_fill(visible_keys < 1, torch.nan)
-
-
-def _check_shapes(q_bhrk: Tensor, k_bgsk: Tensor) -> None:
-    fits = (
-        q_bhrk.ndim == k_bgsk.ndim == 4
-        and q_bhrk.shape[0] == k_bgsk.shape[0]
-        and q_bhrk.shape[3] == k_bgsk.shape[3]
-    )  # noqa: PLR2004 - the four axes of the suffix
-    if not fits or k_bgsk.shape[1] == 0 or q_bhrk.shape[1] % k_bgsk.shape[1]:
-        raise DiagnosticsError(
-            f"queries of shape {tuple(q_bhrk.shape)} and keys of shape {tuple(k_bgsk.shape)}; they must be "
-            "(batch, heads, rows, d_head) and (batch, key heads, keys, d_head), the key heads dividing the heads"
-        )
 
 
 def _logits(q_bhrk: Tensor, k_bgsk: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -164,9 +151,9 @@ def _statistics(logits_bhrs: Tensor, visible: Tensor | None, rank_sequences: int
 
 
 def _centred_norm(logits_bhrs: Tensor, seen: Tensor | None, count_bhr: Tensor) -> Tensor:
-    """2-norm of each row less its mean, over visible keys; overwrites the logits. Two passes: the one-pass formula
-    cancels to 4 digits on a row with a single high logit, the very row on which the bound is tight.
-    """  # noqa: D205 - one thought
+    """2-norm of each row less its mean, over visible keys; overwrites the logits."""
+    # Two passes: the one-pass formula cancels to 4 digits on a row with a single high logit, the very row on
+    # which the bound is tight.
     if seen is not None:
         logits_bhrs *= seen
     logits_bhrs -= (logits_bhrs.sum(-1) / count_bhr)[..., None]

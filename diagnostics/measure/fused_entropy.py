@@ -15,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own abbreviation
 from diagnostics.errors import DiagnosticsError
 from diagnostics.measure.attention import HIDDEN_BIAS
 from diagnostics.measure.precision import full_precision
+from diagnostics.measure.shapes import check_query_key_shapes
 
 # Logits held at once where no fused kernel is at hand: 16 MiB of float32.
 BLOCK_LOGITS = 2**22
@@ -54,16 +55,7 @@ def attention_entropy(
     Raises:
         DiagnosticsError: shapes that do not fit, both masks at once, or a mask that is a real-valued bias.
     """
-    fits = (
-        q_bhtk.ndim == k_bgsk.ndim == 4
-        and q_bhtk.shape[0] == k_bgsk.shape[0]
-        and q_bhtk.shape[3] == k_bgsk.shape[3]
-    )  # noqa: PLR2004 - the four axes of the suffix
-    if not fits or k_bgsk.shape[1] == 0 or q_bhtk.shape[1] % k_bgsk.shape[1]:
-        raise DiagnosticsError(
-            f"queries of shape {tuple(q_bhtk.shape)} and keys of shape {tuple(k_bgsk.shape)}; they must be "
-            "(batch, heads, rows, d_head) and (batch, key heads, keys, d_head), the key heads dividing the heads"
-        )
+    check_query_key_shapes(q_bhtk, k_bgsk)
     if is_causal and attn_mask is not None:
         raise DiagnosticsError(
             "is_causal=True and an attn_mask were both given: fold the causal part into the mask"
@@ -172,7 +164,11 @@ def blockwise_attention(
         if is_causal:
             row_n1 = torch.arange(first, last, device=q_bhtk.device)[:, None]
             logits_bhns.masked_fill_(key_s > row_n1, -torch.inf)
-        lse_bhn = logits_bhns.logsumexp(-1)
-        outputs.append((logits_bhns - lse_bhn[..., None]).exp_() @ k_bhsk)
-        sums.append(lse_bhn)
+        # Weights relative to the largest, divided by their sum at the end: exp(logit - lse) would inherit the
+        # rounding of the log-sum-exp, 3e-5 where it is 500.
+        max_bhn1 = logits_bhns.amax(-1, keepdim=True)
+        weights_bhns = (logits_bhns - max_bhn1).exp_()
+        total_bhn1 = weights_bhns.sum(-1, keepdim=True)
+        outputs.append((weights_bhns @ k_bhsk).div_(total_bhn1))
+        sums.append((max_bhn1 + total_bhn1.log())[..., 0])
     return torch.cat(outputs, dim=2), torch.cat(sums, dim=2)

@@ -148,7 +148,9 @@ class _Krylov:
         x_bj, value_b = _unit((b_bjj @ y_bj[..., None])[..., 0])
         inside_bj = (b_bjj.mT @ x_bj[..., None])[..., 0] - value_b[:, None] * y_bj
         outside_b = self.above_b[-1] / peak_b.clamp(min=TINY) * x_bj[:, -1]
-        residual_b = torch.hypot(torch.linalg.vector_norm(inside_bj, dim=-1), outside_b) / value_b.clamp(min=TINY)
+        residual_b = torch.hypot(torch.linalg.vector_norm(inside_bj, dim=-1), outside_b) / value_b.clamp(
+            min=TINY
+        )
         value_b = value_b * peak_b
         dtype = self.a_bmn.dtype
         vector_bn, _ = _unit(torch.bmm(y_bj[:, None].to(dtype), self.v_bjn[:, : self.size])[:, 0])

@@ -16,6 +16,9 @@ from diagnostics.measure.precision import full_precision
 SAFE_DIAGONAL_RATIO = 1e-4
 
 
+AXES = 3  # head, row, width
+
+
 @dataclass(frozen=True)
 class HeadSpectra:
     """Spectrum of Wq_h^T Wk_h by query head, float64 on the weights' device.
@@ -80,11 +83,10 @@ def head_spectra(wq_hkd: Tensor, wk_gkd: Tensor, kv_head_h: Tensor | None = None
 
 def _checked_pairing(wq_hkd: Tensor, wk_gkd: Tensor, kv_head_h: Tensor | None) -> Tensor:
     if (
-        wq_hkd.ndim != 3
-        or wk_gkd.ndim != 3
+        not wq_hkd.ndim == wk_gkd.ndim == AXES
         or wq_hkd.shape[1] != wk_gkd.shape[1]
         or 0 in wq_hkd.shape + wk_gkd.shape
-    ):  # noqa: PLR2004 - heads, rows, width
+    ):
         raise DiagnosticsError(
             f"head weights have shapes {tuple(wq_hkd.shape)} and {tuple(wk_gkd.shape)}; they must be "
             "(heads, d_head, width), none of them 0, with the same d_head: split the weights by head first"

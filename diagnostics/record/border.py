@@ -1,5 +1,6 @@
 """The one border between the recorder and somebody's training: no fault of ours crosses it."""
 
+import sys
 import traceback
 import warnings
 from collections.abc import Callable
@@ -33,6 +34,7 @@ class Border:
     faults: list[Fault] = field(default_factory=list)
     broken: bool = False
     _noted: set[str] = field(default_factory=set)
+    _warned_fatal: bool = False
 
     def run(self, function: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> bool:
         """Calls `function`; False where it failed or everything is switched off."""
@@ -72,10 +74,12 @@ class Border:
         fault = Fault(where, f"{type(error).__name__}: {error}", traceback.format_exc())
         self.faults.append(fault)
         if culprit is None:
+            if not self._warned_fatal:
+                self._warned_fatal = True
+                self._warn(
+                    f"the recorder met a fault and switched itself off, training goes on untouched: {fault.error}"
+                )
             self.broken = True
-            self._warn(
-                f"the recorder met a fault and switched itself off, training goes on untouched: {fault.error}"
-            )
             self.on_fatal(fault)
         else:
             self._warn(f"{culprit} is not observed any more, the rest goes on: {fault.error}")
@@ -83,7 +87,9 @@ class Border:
 
     @staticmethod
     def _warn(message: str) -> None:
-        # Where the user turned warnings into errors, raising one here would stop the very training to be spared.
-        with warnings.catch_warnings():
-            warnings.simplefilter("default", RecorderWarning)
+        # Where the user turned warnings into errors, one raised here would stop the very training to be spared.
+        # The filters themselves are the process's: to change them for a moment is not safe beside other threads.
+        try:
             warnings.warn(message, RecorderWarning, stacklevel=5)
+        except RecorderWarning:
+            sys.stderr.write(f"RecorderWarning: {message}\n")

@@ -181,12 +181,15 @@ class Stream:
         for alert in alerts:
             self.announce(
                 "alert", alert.severity, alert.message, alert.to_dict(),
-                step=alert.first_step, layer=alert.layer, head=alert.head,
+                step=alert.raised_step, layer=alert.layer, head=alert.head,
             )  # fmt: skip
             if self.controller is not None and alert.status == "collapsed":
                 self.controller.propose(*DEFAULT_ACT, reason=alert.message)
                 if self.controller.waiting:
                     self._on_commands()
+
+        if alerts:
+            self._flush()  # whoever watches should not wait for the next flush to be told
 
     def _take_events(self) -> None:
         while self._events:

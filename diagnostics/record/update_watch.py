@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from diagnostics.measure.sigma1 import largest_singular_value
-from diagnostics.remedies.spectral_bound import active_bounds
+from diagnostics.remedies.spectral_bound import active_bounds, takes_closure
 
 WATCHED_BYTES = 2**30
 """Largest copy of weights held during a measured step; matrices beyond it are named as not observed."""
@@ -49,7 +49,7 @@ class UpdateWatch:
         self._first = first
         self._handles: list[RemovableHandle] = []
         self._before: dict[str, tuple[nn.Parameter, Tensor]] = {}
-        self._scales: dict[str, Tensor] = {}
+        self._closure_given = False
         self._vectors: dict[str, tuple[Tensor, Tensor]] = {}
         self.grad_norm: Tensor | None = None
         self.left_out: dict[str, str] = {}
@@ -58,23 +58,47 @@ class UpdateWatch:
         """From now on, the next optimizer steps are watched."""
         if not self._handles:
             self._handles = [
-                optimizer.register_step_pre_hook(partial(self._before_step, contained))
+                handle
                 for optimizer in self._optimizers
+                for handle in (
+                    optimizer.register_step_pre_hook(partial(self._before_step, contained)),
+                    optimizer.register_step_post_hook(partial(self._after_step, contained)),
+                )
             ]
 
     def disarm(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._before, self._scales, self.grad_norm = {}, {}, None
+        self._before, self.grad_norm = {}, None
 
-    def _before_step(self, contained: Callable[..., bool], optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def _before_step(
+        self,
+        contained: Callable[..., bool],
+        optimizer: torch.optim.Optimizer,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> None:
+        self._closure_given = takes_closure(args, kwargs)
         contained(self._remember, optimizer)
+
+    def _after_step(
+        self, contained: Callable[..., bool], optimizer: torch.optim.Optimizer, *_: object
+    ) -> None:
+        if self._closure_given:
+            contained(self._add_grad_norm, optimizer)
 
     @torch.no_grad()
     def _remember(self, optimizer: torch.optim.Optimizer) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._add_grad_norm(optimizer, [p.grad for p in parameters if p.grad is not None])
+        # A closure makes the gradients inside the step: before it there are none, or those of the last step.
+        if not self._closure_given:
+            self._add_grad_norm(optimizer)
+        parameters = [
+            p
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None or (self._closure_given and p.requires_grad)
+        ]
         named = [(self._names[id(p)], p) for p in parameters if id(p) in self._names and _is_matrix(p)]
         named.sort(key=lambda pair: pair[0] not in self._first)
         held = sum(before.numel() * before.element_size() for _, before in self._before.values())
@@ -89,13 +113,24 @@ class UpdateWatch:
                 continue
             self._before[name] = (parameter, parameter.detach().clone())
 
-    def _add_grad_norm(self, optimizer: torch.optim.Optimizer, gradients: list[Tensor]) -> None:
+    @torch.no_grad()
+    def _add_grad_norm(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [
+            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
         # A fused optimizer under a GradScaler gets gradients that are still scaled; their norm would be none.
         if getattr(optimizer, "grad_scale", None) is not None or not gradients:
             return
-        dense = [g for g in gradients if not g.is_sparse]
-        norms = torch.stack([n.double() for n in torch._foreach_norm(dense)])  # noqa: SLF001 - as torch's own clip_grad_norm_ does
-        total = torch.linalg.vector_norm(norms)
+        values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for value in values:
+            by_device.setdefault(value.device, []).append(value)
+        norms = [
+            norm.to(values[0].device, torch.float64)
+            for group in by_device.values()
+            for norm in torch._foreach_norm(group)  # noqa: SLF001 - as torch's own clip_grad_norm_ does
+        ]
+        total = torch.linalg.vector_norm(torch.stack(norms))
         self.grad_norm = total if self.grad_norm is None else torch.hypot(self.grad_norm, total)
 
     @torch.no_grad()
@@ -113,9 +148,13 @@ class UpdateWatch:
         wide = torch.promote_types(before_nmn.dtype, torch.float32)
         before_nmn, after_nmn = before_nmn.to(wide), after_nmn.to(wide)
         update_nmn = after_nmn - before_nmn
-        known = [self._vectors[name] for name in names if name in self._vectors]
+        widths = (before_nmn.shape[2],)
+        known = [v for name in names if (v := self._vectors.get(name)) is not None and v[0].shape == widths]
         starts = (
-            (torch.stack([v[0] for v in known]), torch.stack([v[1] for v in known]))
+            (
+                torch.stack([v[0].to(before_nmn) for v in known]),
+                torch.stack([v[1].to(before_nmn) for v in known]),
+            )
             if len(known) == len(names)
             else (None, None)
         )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diagnostics.attach.rules import candidate_sites
 from diagnostics.attach.site import Projection, Site
+from diagnostics.errors import DiagnosticsError
 
 Select = nn.Module | Iterable[nn.Parameter] | Callable[[nn.Parameter], bool] | None
 
@@ -73,20 +74,29 @@ def select_matrices(optimizer: torch.optim.Optimizer, select: Select) -> list[nn
         chosen = [p for p in matrices if id(p) in inside]
     elif callable(select):
         chosen = [p for p in matrices if select(p)]
+    elif not isinstance(select, Iterable):
+        raise DiagnosticsError(
+            f"select is {select!r}; give parameters, a module, a callable on a parameter, or None"
+        )
     else:
-        chosen = list(select)
+        given = [select] if isinstance(select, Tensor) else list(select)
+        chosen = list({id(parameter): parameter for parameter in given}.values())
         for parameter in chosen:
+            if not isinstance(parameter, Tensor):
+                raise DiagnosticsError(
+                    f"select holds {parameter!r}; give parameters, a module, a callable on a parameter, or None"
+                )
             if id(parameter) not in owned:
-                raise ValueError(
+                raise DiagnosticsError(
                     f"select names a parameter of shape {tuple(parameter.shape)} that the optimizer does not hold; "
                     "give parameters of this optimizer"
                 )
             if parameter.ndim < 2:  # noqa: PLR2004 - a matrix
-                raise ValueError(
+                raise DiagnosticsError(
                     f"select names a parameter of shape {tuple(parameter.shape)}; a vector has no largest singular value"
                 )
     if not chosen:
-        raise ValueError("select leaves no matrix to bound; give None, a module, parameters, or a callable")
+        raise DiagnosticsError("select leaves no matrix to bound; give None, a module, parameters, or a callable")
     return chosen
 
 

@@ -9,7 +9,7 @@ Shape suffixes: N matrices of one shape, m x n.
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from diagnostics.attach.site import Site
+from diagnostics.errors import DiagnosticsError
 from diagnostics.measure.sigma1 import largest_singular_value
 from diagnostics.remedies.blocks import Block, Select, blocks_of, select_matrices
 
@@ -66,20 +67,6 @@ class SpectralBound:
     ) -> None:
         self._start(optimizer, tau, select, floor, None, None)
 
-    @classmethod
-    def for_sites(
-        cls, optimizer: torch.optim.Optimizer, tau: float, model: nn.Module, sites: Sequence[Site]
-    ) -> Self:
-        """A bound that knows the model's attention sites, and cuts fused projections where they say."""
-        bound = cls.__new__(cls)
-        embeddings = {
-            id(module.weight)
-            for module in model.modules()
-            if isinstance(module, nn.Embedding | nn.EmbeddingBag)
-        }
-        bound._start(optimizer, tau, lambda p: id(p) not in embeddings, None, model, sites)
-        return bound
-
     def _start(
         self,
         optimizer: torch.optim.Optimizer,
@@ -90,10 +77,14 @@ class SpectralBound:
         sites: Sequence[Site] | None,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer is a {type(optimizer).__name__}, it must be a torch.optim.Optimizer")
-        if floor is not None and not (floor >= 0.0 and math.isfinite(floor)):
-            raise ValueError(
-                f"floor is {floor}, it must be a finite number of at least 0, or None for the default"
+            raise DiagnosticsError(
+                f"optimizer is a {type(optimizer).__name__}, it must be a torch.optim.Optimizer"
+            )
+        if floor is not None and not (
+            isinstance(floor, int | float) and floor >= 0.0 and math.isfinite(floor)
+        ):
+            raise DiagnosticsError(
+                f"floor is {floor!r}, it must be a finite number of at least 0, or None for the default"
             )
         self.tau = tau
         self._floor = floor
@@ -113,6 +104,20 @@ class SpectralBound:
         self._optimizer = weakref.ref(optimizer)
         _ACTIVE.setdefault(optimizer, []).append(self)
 
+    @classmethod
+    def for_sites(
+        cls, optimizer: torch.optim.Optimizer, tau: float, model: nn.Module, sites: Sequence[Site]
+    ) -> Self:
+        """A bound that knows the model's attention sites, and cuts fused projections where they say."""
+        embeddings = {
+            id(module.weight)
+            for module in model.modules()
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        }
+        bound = cls.__new__(cls)
+        bound._start(optimizer, tau, lambda p: id(p) not in embeddings, None, model, sites)  # noqa: SLF001 - its own
+        return bound
+
     @property
     def tau(self) -> float:
         return self._tau
@@ -120,7 +125,7 @@ class SpectralBound:
     @tau.setter
     def tau(self, tau: float) -> None:
         if not isinstance(tau, int | float) or isinstance(tau, bool) or not tau > 0.0:
-            raise ValueError(
+            raise DiagnosticsError(
                 f"tau is {tau!r}, it must be a number above 0, such as 0.01 (inf switches the bound off)"
             )
         self._tau = float(tau)
@@ -170,32 +175,44 @@ class SpectralBound:
             "tau": self._tau,
             "floor": self._floor,
             "steps": self._steps,
+            "shapes": self._shapes(),
             "vectors": {key: vector.clone() for key, vector in self._vectors.items()},
             "fired": dict(self._fired),
             "hardest": dict(self._hardest),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave, for a bound over the same parameters."""
+        """Restores what `state_dict` gave.
+
+        tau and floor always; the counters and vectors only where the matrices are the same ones, cut the same
+        way: they are found anew in a few steps.
+        """
         self.tau = state["tau"]
         self._floor = state["floor"]
+        if [tuple(shape) for shape in state["shapes"]] != self._shapes():
+            return
         self._steps = state["steps"]
         self._vectors = dict(state["vectors"])
         self._fired, self._hardest = dict(state["fired"]), dict(state["hardest"])
 
+    def _shapes(self) -> list[tuple[int, int]]:
+        return [_shape(block) for block in self._blocks]
+
     @torch.no_grad()
-    def _remember(self, *_: object) -> None:
+    def _remember(self, _: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        self._before, self._scales = {}, {}
         if math.isinf(self._tau):
             return
-        self._before = {id(p): p.detach().clone() for p in self._parameters if p.grad is not None}
+        # A closure makes the gradients inside the step: which parameters it moves is known only afterwards.
+        closure = takes_closure(args, kwargs)
+        self._before = {id(p): p.detach().clone() for p in self._parameters if closure or p.grad is not None}
 
     @torch.no_grad()
     def _bound(self, *_: object) -> None:
         if not self._before:
             return
-        self._scales = {}
         self._steps += 1
-        for shape, members in self._groups.items():
+        for (shape, *_), members in self._groups.items():
             stepped = [index for index in members if id(self._blocks[index].parameter) in self._before]
             if stepped:
                 self._bound_group(shape, stepped)
@@ -241,9 +258,22 @@ def active_bounds(optimizer: torch.optim.Optimizer) -> Sequence[SpectralBound]:
     return tuple(_ACTIVE.get(optimizer, ()))
 
 
-def _by_shape(blocks: Sequence[Block]) -> dict[tuple[int, int], list[int]]:
-    groups: dict[tuple[int, int], list[int]] = {}
+def takes_closure(args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
+    """Whether a step was given a closure, from the arguments that torch hands to a step's pre-hook."""
+    # torch has put the optimizer itself first.
+    return kwargs.get("closure") is not None or any(callable(argument) for argument in args[1:])
+
+
+def _by_shape(
+    blocks: Sequence[Block],
+) -> dict[tuple[tuple[int, int], torch.device, torch.dtype], list[int]]:
+    groups: dict[tuple[tuple[int, int], torch.device, torch.dtype], list[int]] = {}
     for index, block in enumerate(blocks):
-        rows, columns = block.of(block.parameter.detach()).shape
-        groups.setdefault((rows, columns), []).append(index)
+        key = (_shape(block), block.parameter.device, block.parameter.dtype)
+        groups.setdefault(key, []).append(index)
     return groups
+
+
+def _shape(block: Block) -> tuple[int, int]:
+    rows, columns = block.of(block.parameter.detach()).shape
+    return rows, columns

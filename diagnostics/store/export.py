@@ -28,8 +28,8 @@ def export_run(run: Run, to: str, out: str | os.PathLike[str]) -> dict[Path, int
     `csv` and `jsonl` give one file per table, named after it. What was not measured is an empty field or null.
     What was measured and is not finite is `NaN`, `Infinity` or `-Infinity`, in JSON as a string, as strict JSON
     has no such numbers. A list (the singular values) is a JSON array, in csv within its one field.
-    `tensorboard` gives an event file of scalars tagged `<table>/<layer>/head<head>/<column>`; lists, strings and
-    events are left out, and a value is drawn at the time its step was closed.
+    `tensorboard` gives an event file of scalars tagged `<table>/<layer>/head<head>/<column>`; lists, words, flags
+    and events are left out, and a value is drawn at the time its step was closed.
 
     Args:
         run: the run.
@@ -123,7 +123,7 @@ def _to_tensorboard(run: Run, folder: Path) -> dict[Path, int]:
             values = [
                 summary_pb2.Summary.Value(tag=f"{_series(table, row)}/{name}", simple_value=float(value))
                 for name, value in row.items()
-                if name not in _NOT_VALUES and isinstance(value, (int, float))
+                if name not in _NOT_VALUES and isinstance(value, (int, float)) and not isinstance(value, bool)
             ]
             # A step whose own row is not on disk yet has no time; the epoch would tear the time axis apart.
             wall_time = closed_s.get(row["step"])

@@ -9,6 +9,7 @@ from typing import Any
 
 from diagnostics.errors import NewerSchemaError, NotARunError
 from diagnostics.store.format import HEARTBEAT_LOST_S, MANIFEST, SCHEMA_VERSION, TEMPORARY_SUFFIX
+from diagnostics.store.plain import to_json
 
 Manifest = dict[str, Any]
 
@@ -26,8 +27,7 @@ def write_atomically(path: Path, content: str) -> None:
 
 
 def write_manifest(run_dir: Path, manifest: Manifest) -> None:
-    # allow_nan=False: NaN is no JSON, and other languages' readers would refuse the whole file.
-    write_atomically(run_dir / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False, default=str))
+    write_atomically(run_dir / MANIFEST, to_json(manifest, indent=1))
 
 
 def read_manifest(run_dir: Path) -> Manifest:

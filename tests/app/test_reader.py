@@ -29,9 +29,11 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int | None]]:
     seen: list[tuple[str, int | None]] = []
     whole = Run.table
 
-    def counted(run: Run, name: str, columns: Any = None, start_step: int | None = None, **more: Any) -> Any:
+    def counted(
+        run: Run, name: str, columns: Any = None, start_step: int | None = None, end_step: int | None = None
+    ) -> Any:
         seen.append((name, start_step))
-        return whole(run, name, columns, start_step, **more)
+        return whole(run, name, columns, start_step, end_step)
 
     monkeypatch.setattr(Run, "table", counted)
     return seen

@@ -103,9 +103,14 @@ def test_control_for_other_machines_is_given_with_a_warning(
     diagnostics: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, *, warned: bool
 ) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(
-        "diagnostics.cli.dashboard._stay_with", lambda command, _: started.append(command) or 0
-    )
+
+    def stay_with(command: list[str], environment: dict[str, str]) -> int:
+        # In a checkout, Python must not take the folder ./diagnostics for the installed package.
+        assert environment["PYTHONSAFEPATH"] == "1"
+        started.append(command)
+        return 0
+
+    monkeypatch.setattr("diagnostics.cli.dashboard._stay_with", stay_with)
     ended = diagnostics("dashboard", tmp_path, "--host", host, "--port", free_port(), "--allow-control")
     assert ended.code == 0
     assert ("can steer the runs" in ended.err) is warned

@@ -140,7 +140,7 @@ def test_tensorboard_is_given_every_measured_number_once_at_its_step_and_time(
         return value
 
     summary.Value = SimpleNamespace  # type: ignore[attr-defined]
-    for name, parts in {
+    modules: dict[str, dict[str, Any]] = {
         "tensorboard": {},
         "tensorboard.summary": {},
         "tensorboard.summary.writer": {},
@@ -149,7 +149,8 @@ def test_tensorboard_is_given_every_measured_number_once_at_its_step_and_time(
         "tensorboard.compat.proto": {},
         "tensorboard.compat.proto.event_pb2": {"Event": SimpleNamespace},
         "tensorboard.compat.proto.summary_pb2": {"Summary": summary},
-    }.items():
+    }
+    for name, parts in modules.items():
         module = ModuleType(name)
         vars(module).update(parts)
         monkeypatch.setitem(sys.modules, name, module)
@@ -165,5 +166,5 @@ def test_tensorboard_is_given_every_measured_number_once_at_its_step_and_time(
     assert written["steps/loss"] == open_run(run).steps()["loss"][0]
     assert written["attention/blocks.1.attn/head1/entropy"] == pytest.approx(3.52, rel=1e-6)
     assert written["updates/blocks.0.attn.c_attn.weight/ratio"] == pytest.approx(0.01, rel=1e-6)
-    # 5 of a step (grad_norm and loss among them), 2 layers of 2 heads with 7 and 7, 2 matrices with 5.
-    assert len(values) == 5 + 4 * (7 + 7) + 2 * 5
+    # 4 of a step (loss, lr, grad_norm, overhead_s), 2 layers of 2 heads with 7 and 7, 2 matrices with 5.
+    assert len(values) == 4 + 4 * (7 + 7) + 2 * 5

@@ -32,12 +32,12 @@ def test_a_healthy_run_gives_0_and_a_line_that_says_so(diagnostics: Command, tmp
 def test_a_collapsing_run_gives_1_and_says_what_is_wrong_where_since_when_and_what_to_do(
     diagnostics: Command, tmp_path: Path
 ) -> None:
-    run = write_run(tmp_path, steps=400, collapse=True)
+    run = write_run(tmp_path, steps=100, collapse=True)
     finding = assess(run).findings[0]
     ended = diagnostics("report", run)
     assert ended.code == 1
     first_line = ended.out.splitlines()[0]
-    assert first_line.startswith("run: collapsed at step 399")
+    assert first_line.startswith("run: collapsed at step 99")
     assert f"since step {finding.first_step}" in first_line
     assert f"{finding.kind} in {finding.layer}" in first_line
     for name in finding.evidence:
@@ -51,7 +51,7 @@ def test_a_collapsing_run_gives_1_and_says_what_is_wrong_where_since_when_and_wh
 def test_a_collapsed_run_fails_only_where_the_threshold_is_not_above_it(
     diagnostics: Command, tmp_path: Path, fail_on: str, code: int
 ) -> None:
-    run = write_run(tmp_path, steps=400, collapse=True)
+    run = write_run(tmp_path, steps=100, collapse=True)
     assert diagnostics("report", run, "--fail-on", fail_on).code == code
 
 
@@ -97,11 +97,11 @@ def test_wrong_usage_gives_2_and_no_traceback(diagnostics: Command, arguments: t
 def test_json_is_one_document_with_a_list_of_runs_even_for_one_run(
     diagnostics: Command, tmp_path: Path
 ) -> None:
-    run = write_run(tmp_path, steps=400, collapse=True)
+    run = write_run(tmp_path, steps=100, collapse=True)
     ended = diagnostics("report", run, "--json")
     (judged,) = strict_json(ended.out)["runs"]
     assert (ended.code, ended.err) == (1, "")
-    assert (judged["run"], judged["status"], judged["step"]) == ("run", "collapsed", 399)
+    assert (judged["run"], judged["status"], judged["step"]) == ("run", "collapsed", 99)
     assert judged["findings"][0]["kind"] == assess(run).findings[0].kind
 
 
@@ -127,7 +127,7 @@ def test_of_several_runs_the_worst_counts(diagnostics: Command, tmp_path: Path) 
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "run.json").write_text('{"schema_version": 999}')
     assert diagnostics("report", tmp_path).code == 2
-    write_run(tmp_path, "deep/d", steps=400, collapse=True)
+    write_run(tmp_path, "deep/d", steps=100, collapse=True)
     ended = diagnostics("report", tmp_path, "--json")
     assert ended.code == 1
     statuses = {run["run"]: run["status"] for run in strict_json(ended.out)["runs"]}
@@ -147,11 +147,11 @@ def test_an_unreadable_run_among_readable_ones_is_named_on_stderr_and_hides_none
 
 
 def test_up_to_step_sees_nothing_of_what_comes_after(diagnostics: Command, tmp_path: Path) -> None:
-    run = write_run(tmp_path, steps=400, collapse=True)
-    ended = diagnostics("report", run, "--up-to-step", 100, "--json")
+    run = write_run(tmp_path, steps=100, collapse=True)
+    ended = diagnostics("report", run, "--up-to-step", 30, "--json")
     (judged,) = strict_json(ended.out)["runs"]
     assert ended.code == 0
-    assert (judged["status"], judged["step"], judged["findings"]) == ("healthy", 100, [])
+    assert (judged["status"], judged["step"], judged["findings"]) == ("healthy", 30, [])
 
 
 def test_a_damaged_file_is_one_line_on_stderr_and_the_rest_is_judged(
@@ -228,3 +228,23 @@ def test_the_command_runs_as_a_module_too(tmp_path: Path) -> None:
         [sys.executable, "-m", "diagnostics", "report", run], check=False, capture_output=True, text=True
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "run: healthy at step 99\n", "")
+
+
+def test_evidence_is_told_with_the_band_that_it_left(
+    diagnostics: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evidence = {
+        "entropy": 0.31234,
+        "entropy_healthy": "above 1.5 nats",
+        "heads": 4,
+        "sec_1": None,
+        "band": [1.0, 2.0],
+    }
+    finding = Finding("entropy-collapse", "critical", None, None, 40, evidence, status="collapsed")
+    report = Report(run="run", status="collapsed", step=99, findings=(finding,))
+    monkeypatch.setattr("diagnostics.cli.report.assess", lambda *_, **__: report)
+    ended = diagnostics("report", write_run(tmp_path))
+    expected = (
+        "    evidence: entropy 0.3123 (healthy: above 1.5 nats); heads 4; sec_1 not observed; band 1 to 2"
+    )
+    assert expected in ended.out.splitlines()
