@@ -7,6 +7,7 @@ import pandas as pd
 import streamlit as st
 
 from .data import READER
+from .drawing import draw
 from .step_charts import compare_figure
 from .summary import RunCurves, highest, last_value, lowest
 from .wording import labelled
@@ -75,9 +76,7 @@ def _comparison(runs: dict[str, Path]) -> None:
             "largest logit": config.NumberColumn(format="%.1f", help="of any head, at any step"),
         },
     )
-    st.plotly_chart(
-        compare_figure({name: READER.curves(path) for name, path in runs.items()}, uirevision=" ".join(runs)),
-        key="compare-figure",
-        theme=None,
-        width="stretch",
+    figure = compare_figure(
+        {name: READER.curves(path) for name, path in runs.items()}, uirevision=" ".join(runs)
     )
+    draw(figure, "compare-figure")

@@ -11,10 +11,12 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from .lines import curve_trace, limit_per_line
-from .style import GREY, NOT_OBSERVED, axis, line_style, log_axis, new_figure
+from .style import GREY, NOT_OBSERVED, axis, legend_below, line_style, log_axis, new_figure
 
 MOST_SPECTRA = 400
 _LINES_OF_SPECTRA = 9
+_HEAD_LEGEND_PX = 90
+_STEP_LEGEND_PX = 110
 # Below this share of the head's largest singular value a double-precision spectrum is rounding noise.
 _SPECTRUM_FLOOR = 1e-12
 
@@ -198,6 +200,7 @@ def head_lines_figure(
         figure.add_trace(curve_trace(curve, f"head {head}", line_style(number), hover, limit=limit))
     figure.layout.xaxis = axis("step", hoverformat=",d", rangemode="nonnegative")
     figure.layout.yaxis = axis(metric.label)
+    legend_below(figure, len(heads), _HEAD_LEGEND_PX)
     return figure
 
 
@@ -260,6 +263,7 @@ def spectrum_lines_figure(
         )
     figure.layout.xaxis = axis("index (1: largest)")
     figure.layout.yaxis = log_axis("share of energy" if share else "singular value")
+    legend_below(figure, len(steps), _STEP_LEGEND_PX)
     return figure
 
 

@@ -31,6 +31,8 @@ def dashboard_command(
         "browser.gatherUsageStats": "false",
         "client.toolbarMode": "minimal",
         "theme.base": "light",
+        # Streamlit's own accent is red, which these pages keep for alarms.
+        "theme.primaryColor": "#0072B2",
     }
     arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
     flags = [CONTROL_FLAG] if allow_control else []

@@ -9,6 +9,7 @@ import streamlit as st
 
 from . import run_info
 from .data import READER
+from .drawing import draw
 from .head_charts import (
     HEAD_METRICS,
     HeadMetric,
@@ -55,7 +56,7 @@ def _heat(name: str, run_dir: Path) -> None:
         scale=metric_range(frame[metric.column]),
         uirevision=f"{name} {metric.column}",
     )
-    st.plotly_chart(figure, key="heat", theme=None, width="stretch")
+    draw(figure, "heat")
     st.caption(
         "One colour scale for the whole run, dark is the alarming end; a cross marks what was not observed."
     )
@@ -70,7 +71,7 @@ def _heads(name: str, run_dir: Path) -> None:
     figure = head_lines_figure(
         frame[frame["layer"] == layer], layer, metric, uirevision=f"{name} {layer} {metric.column}"
     )
-    st.plotly_chart(figure, key="heads", theme=None, width="stretch")
+    draw(figure, "heads")
 
 
 def _spectrum(name: str, run_dir: Path) -> None:
@@ -91,12 +92,12 @@ def _spectrum(name: str, run_dir: Path) -> None:
     if spectrum.dropna(how="all").empty:
         st.info("No singular value of this head was observed.")
         return
-    draw = spectrum_lines_figure if drawing == "lines" else spectrum_map_figure
+    figure_of = spectrum_lines_figure if drawing == "lines" else spectrum_map_figure
     share = quantity == "share of energy"
-    figure = draw(
+    figure = figure_of(
         spectrum, f"{layer} head {head}", share=share, uirevision=f"{name} {layer} {head} {share} {drawing}"
     )
-    st.plotly_chart(figure, key=f"spectrum-{drawing}", theme=None, width="stretch")
+    draw(figure, f"spectrum-{drawing}")
 
 
 def _updates(name: str, run_dir: Path) -> None:
@@ -114,7 +115,7 @@ def _updates(name: str, run_dir: Path) -> None:
     )
     taus = tau_spans(READER.table(run_dir, "events"), READER.info(run_dir))
     figure = update_figure(updates, chosen or largest_updates(updates, int(count)), taus, uirevision=name)
-    st.plotly_chart(figure, key="updates", theme=None, width="stretch")
+    draw(figure, "updates")
 
 
 def _scalars(name: str, run_dir: Path) -> None:
@@ -129,9 +130,7 @@ def _scalars(name: str, run_dir: Path) -> None:
     curve = pd.DataFrame({"step": steps["step"], "value": steps[scalar].astype("float64")})
     # Measured at some steps only: rows between them are no gaps.
     observed = curve[curve["value"].notna() | steps["measured"].fillna(value=False).astype(bool)]
-    st.plotly_chart(
-        scalar_figure(observed, scalar, uirevision=f"{name} {scalar}"), key="scalar-figure", theme=None
-    )
+    draw(scalar_figure(observed, scalar, uirevision=f"{name} {scalar}"), "scalar-figure")
 
 
 def _events(_name: str, run_dir: Path) -> None:

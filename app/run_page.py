@@ -1,5 +1,6 @@
 """The page of one run: verdict first, then the overview on one step axis, then the details, then control."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ from diagnostics.report import Report
 
 from . import run_details, steering
 from .data import READER
+from .drawing import draw
 from .step_charts import overview_figure
 from .summary import marks_of, tau_spans
-from .wording import ago, badge, evidence, forecast, headline, labelled, plain, verdict
+from .wording import ago, badge, evidence, forecast, headline, labelled, plain, prose, verdict
 
 LIVE_REFRESH_S = 2
 STALLED_REFRESH_S = 10
 _FINDINGS_SHOWN = 3
+_ANY_RUN = "diagnostics control RUN"
 
 
 def render(name: str, run_dir: Path, *, allow_control: bool, has_list: bool) -> None:
@@ -42,16 +45,21 @@ def _summary(name: str, run_dir: Path, state_drawn: str, *, has_list: bool) -> N
         st.rerun(scope="app")  # what is refreshed, and whether there is a control panel, depends on the state
     report = READER.report(run_dir)
     _header(name, info, report, has_list=has_list)
-    _judgement(report)
-    for file, reason in READER.damaged(run_dir).items():
-        st.warning(f"Damaged and left out: {plain(file)}: {plain(reason)}")
+    # One container, whatever it holds: a further finding must not move the chart to another place in the
+    # page's tree, where the browser would draw it anew and lose the zoom.
+    with st.container():
+        _judgement(report, run_dir)
+        if info.get("error"):
+            st.error(f"The run ended with an error: {plain(str(info['error']))}")
+        for file, reason in READER.damaged(run_dir).items():
+            st.warning(f"Damaged and left out: {plain(file)}: {plain(reason)}")
     events = READER.table(run_dir, "events")
     curves = READER.curves(run_dir)
     if curves.loss.empty:
         st.info("The run has closed no step yet: charts appear with its first `recorder.step()`.")
         return
     figure = overview_figure(curves, marks_of(events), tau_spans(events, info), uirevision=name)
-    st.plotly_chart(figure, key="overview", theme=None, width="stretch")
+    draw(figure, "overview")
 
 
 def _header(name: str, info: dict[str, Any], report: Report, *, has_list: bool) -> None:
@@ -69,7 +77,7 @@ def _header(name: str, info: dict[str, Any], report: Report, *, has_list: bool) 
     )
 
 
-def _judgement(report: Report) -> None:
+def _judgement(report: Report, run_dir: Path) -> None:
     show = {"green": st.success, "orange": st.warning, "red": st.error}.get(
         badge(report.status).colour, st.info
     )
@@ -77,19 +85,22 @@ def _judgement(report: Report) -> None:
     if report.forecast:
         st.warning(plain(forecast(report.forecast)))
     for finding in report.findings[:_FINDINGS_SHOWN]:
-        _finding(finding)
+        _finding(finding, run_dir)
     if rest := report.findings[_FINDINGS_SHOWN:]:
         with st.expander(f"{len(rest)} more finding{'s' if len(rest) > 1 else ''}", key="more-findings"):
             for finding in rest:
-                _finding(finding)
+                _finding(finding, run_dir)
     for sentence in report.missing:
         st.caption(f"Not judged: {plain(sentence)}")
 
 
-def _finding(finding: Finding) -> None:
+def _finding(finding: Finding, run_dir: Path) -> None:
     with st.container(border=True, gap=None):
         st.markdown(f"**{plain(headline(finding))}** · {finding.severity}")
         if finding.evidence:
-            st.markdown(f"evidence: {plain(evidence(finding.evidence))}")
+            st.markdown(f"Evidence: {plain(evidence(finding.evidence))}")
         if finding.advice:
-            st.markdown(f"advice: {plain(finding.advice)}")
+            typed = finding.advice.replace(
+                _ANY_RUN, f"{_ANY_RUN.removesuffix('RUN')}{shlex.quote(str(run_dir))}"
+            )
+            st.markdown(f"Advice: {prose(typed)}")

@@ -1,5 +1,7 @@
 """Figures over the step axis: one run's overview, several runs laid over each other. Pure: curves in, figure out."""
 
+import html
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +31,7 @@ _ROW_PX = 165
 _TOP_PX = 44
 _BOTTOM_PX = 48
 _SHORT_RUN = 60
+_HOVER_WIDTH = 72
 _RAW_LOSS = "rgba(0, 114, 178, 0.30)"
 
 
@@ -86,7 +89,7 @@ def overview_figure(
         # A row with one curve is named by its title.
         trace.showlegend = row in ("loss", "sec_max")
         figure.add_trace(trace)
-    add_tau_lines(figure, taus, _AXES["ratio"], *_step_range([curves]))
+    add_tau_lines(figure, taus, _AXES["ratio"], _step_range(curves), fired=curves.bound_fired)
     _add_not_finite(figure, curves.loss_not_finite)
     _add_marks(figure, marks)
     observed = {row: bool(curve["value"].notna().any()) for curve, _, row, _, _ in lines}
@@ -133,19 +136,26 @@ def smoothing_span(steps: int) -> int:
 
 
 def add_tau_lines(
-    figure: go.Figure, taus: Sequence[TauSpan], yaxis: str, first_step: int, last_step: int
+    figure: go.Figure, taus: Sequence[TauSpan], yaxis: str, steps: tuple[int, int], *, fired: bool
 ) -> None:
-    """The line that the spectral bound keeps updates below; dashed where no bound is armed."""
+    """The line that the spectral bound keeps updates below; a dashed reference where its tau is not known.
+
+    Args:
+        figure: is added to.
+        taus: when the bound was armed, as far as the run says so.
+        yaxis: the axis of the update ratios.
+        steps: the first and the last to draw.
+        fired: whether a bound held back any update, armed in a way that the run did not record.
+    """
+    first_step, last_step = steps
     if not taus:
-        figure.add_trace(
-            _tau_trace(
-                [first_step, last_step], [DEFAULT_TAU] * 2, f"tau {DEFAULT_TAU:g} (not armed)", yaxis, "dash"
-            )
-        )
+        why = "reference, the tau of the bound is not recorded" if fired else "not armed"
+        name = f"tau {DEFAULT_TAU:g} ({why})"
+        figure.add_trace(_tau_trace([first_step, last_step], [DEFAULT_TAU] * 2, name, yaxis, "dash"))
     for number, span in enumerate(taus):
-        steps = [span.first_step, last_step if span.last_step is None else span.last_step]
+        ends = [span.first_step, last_step if span.last_step is None else span.last_step]
         trace = _tau_trace(
-            steps, [span.tau] * 2, f"tau {span.tau:g} from step {span.first_step}", yaxis, "solid"
+            ends, [span.tau] * 2, f"tau {span.tau:g} from step {span.first_step}", yaxis, "solid"
         )
         trace.showlegend = number < 3  # noqa: PLR2004 - a bound that is set again and again must not flood the legend
         figure.add_trace(trace)
@@ -272,8 +282,15 @@ def _add_marks(figure: go.Figure, marks: Sequence[Mark]) -> None:
             for mark in chosen:
                 texts.setdefault(mark.step, []).append(mark.text)
             figure.add_trace(
-                _mark_lines(list(texts), ["<br>".join(lines) for lines in texts.values()], name, style)
+                _mark_lines(
+                    list(texts), ["<br>".join(map(_wrapped, lines)) for lines in texts.values()], name, style
+                )
             )
+
+
+def _wrapped(text: str) -> str:
+    """Plotly breaks no lines, and reads its own tags in texts that are none of ours."""
+    return "<br>".join(html.escape(line, quote=False) for line in textwrap.wrap(text, _HOVER_WIDTH))
 
 
 def _mark_lines(steps: Sequence[int], texts: Sequence[str], name: str, style: dict[str, Any]) -> go.Scatter:
@@ -308,12 +325,8 @@ def _say_what_is_missing(figure: go.Figure, observed: Mapping[str, bool]) -> Non
             )
 
 
-def _step_range(runs: Sequence[RunCurves]) -> tuple[int, int]:
+def _step_range(curves: RunCurves) -> tuple[int, int]:
     steps = [
-        step
-        for curves in runs
-        for curve in (curves.loss, curves.ratio)
-        if len(curve)
-        for step in (int(curve["step"].iloc[0]), int(curve["step"].iloc[-1]))
+        int(curve["step"].iloc[end]) for curve in (curves.loss, curves.ratio) if len(curve) for end in (0, -1)
     ]
     return (min(steps), max(steps)) if steps else (0, 1)

@@ -19,6 +19,10 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 GREY = "#8a8f98"
 GRID = "#e6e8eb"
 NOT_OBSERVED = "#f1f2f4"
+_NARROW_PX = 400
+_LEGEND_ROW_PX = 20
+_AXIS_PX = 46
+_TITLE_PX = 44
 
 
 def line_style(number: int) -> dict[str, Any]:
@@ -61,6 +65,21 @@ def new_figure(title: str, height: int, uirevision: str, **layout: Any) -> go.Fi
     )
     figure.update_layout(**layout)
     return figure
+
+
+def legend_below(figure: go.Figure, entries: int, entry_px: int) -> None:
+    """Moves the legend under the plot and makes room for it: many names fill several rows in a narrow window.
+
+    Args:
+        figure: with its height set.
+        entries: how many lines are named.
+        entry_px: about how wide a name is.
+    """
+    rows = -(-entries // max(1, _NARROW_PX // entry_px))
+    plot_px = figure.layout.height - figure.layout.margin.t - figure.layout.margin.b
+    figure.layout.height += _LEGEND_ROW_PX * rows
+    figure.layout.legend.update(y=-_AXIS_PX / plot_px, yanchor="top")
+    figure.layout.margin.t = _TITLE_PX
 
 
 def axis(title: str = "", **more: Any) -> dict[str, Any]:  # noqa: ANN401 - Plotly's

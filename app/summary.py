@@ -42,6 +42,7 @@ class RunCurves:
         sec_mean, sec_max: mean and largest sec_1 over heads.
         logit: largest scaled logit of any head.
         ratio: largest sigma1(dW) / sigma1(W) of any parameter.
+        bound_fired: whether a bound held back any update.
     """
 
     loss: Curve = field(default_factory=empty_curve)
@@ -51,6 +52,7 @@ class RunCurves:
     sec_max: Curve = field(default_factory=empty_curve)
     logit: Curve = field(default_factory=empty_curve)
     ratio: Curve = field(default_factory=empty_curve)
+    bound_fired: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def run_curves(
         steps: columns step, loss, loss_not_finite (bool: handed in, but NaN or infinite).
         attention: columns step, layer, head, entropy, max_logit.
         spectra: columns step, layer, head, sec_1.
-        updates: columns step, parameter, ratio.
+        updates: columns step, parameter, ratio, scale.
     """
     return RunCurves(
         loss=pd.DataFrame({"step": steps["step"], "value": _finite(steps["loss"])}),
@@ -91,6 +93,7 @@ def run_curves(
         sec_max=_extreme(spectra, "sec_1", ("layer", "head"), largest=True),
         logit=_extreme(attention, "max_logit", ("layer", "head"), largest=True),
         ratio=_extreme(updates, "ratio", ("parameter",), largest=True),
+        bound_fired=bool((updates["scale"] < 1).any()),
     )
 
 

@@ -8,10 +8,12 @@ import plotly.graph_objects as go
 
 from .lines import curve_trace, limit_per_line
 from .step_charts import add_tau_lines
-from .style import BLACK, axis, line_style, log_axis, new_figure
+from .style import BLACK, axis, legend_below, line_style, log_axis, new_figure
 from .summary import TauSpan
 
 _MOST_FIRED = 2000
+_MANY_DECADES = 4.0
+_NAME_PX = 230
 
 
 def largest_updates(updates: pd.DataFrame, count: int) -> list[str]:
@@ -51,10 +53,12 @@ def update_figure(
     if len(fired):
         figure.add_trace(_fired_trace(fired))
     steps = updates["step"]
-    first, last = (int(steps.min()), int(steps.max())) if len(steps) else (0, 1)
-    add_tau_lines(figure, taus, "y", first, last)
+    ends = (int(steps.min()), int(steps.max())) if len(steps) else (0, 1)
+    add_tau_lines(figure, taus, "y", ends, fired=bool((updates["scale"] < 1).any()))
     figure.layout.xaxis = axis("step", hoverformat=",d", rangemode="nonnegative")
-    figure.layout.yaxis = log_axis("σ₁(ΔW) / σ₁(W)")
+    # 1, 2, 5 within a decade; over many decades these would stand on each other.
+    figure.layout.yaxis = log_axis("σ₁(ΔW) / σ₁(W)", dtick=1 if _decades(figure) > _MANY_DECADES else "D2")
+    legend_below(figure, len(figure.data), _NAME_PX)
     return figure
 
 
@@ -70,7 +74,17 @@ def scalar_figure(curve: pd.DataFrame, name: str, *, uirevision: str = "scalar")
     figure.add_trace(curve_trace(curve, name, line_style(0), "%{y:.5g}"))
     figure.layout.xaxis = axis("step", hoverformat=",d", rangemode="nonnegative")
     figure.layout.yaxis = axis(name)
+    known = curve["value"].dropna()
+    if len(known) and known.min() == known.max() != 0:
+        # Left alone, Plotly shows a constant between itself -1 and +1, where a learning rate looks like zero.
+        figure.layout.yaxis.range = sorted((0.0, 2.0 * float(known.iloc[0])))
     return figure
+
+
+def _decades(figure: go.Figure) -> float:
+    known = np.concatenate([np.asarray(trace.y, dtype=np.float64) for trace in figure.data])
+    known = known[known > 0]
+    return float(np.log10(known.max() / known.min())) if known.size else 0.0
 
 
 def _fired_trace(fired: pd.DataFrame) -> go.Scatter:

@@ -33,6 +33,7 @@ BADGES: dict[str, Badge] = {
     "crashed": Badge("✖", "red"),
     "finished": Badge("■", "gray"),
 }
+_HEALTHY = "_healthy"
 _NO_BADGE = Badge("○", "gray")
 
 
@@ -48,6 +49,14 @@ def labelled(word: str) -> str:
 def plain(text: str) -> str:
     """Text as Markdown that shows it as it is: module paths and messages are no formatting."""
     return re.sub(r"([\\`*_{}\[\]<>#$~|:])", r"\\\1", text)
+
+
+def prose(text: str) -> str:
+    """Text as Markdown that shows it as it is, but for `code` between backticks."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:
+        return plain(text)
+    return "".join(f"`{part}`" if inside % 2 else plain(part) for inside, part in enumerate(parts))
 
 
 def number(value: object) -> str:
@@ -69,7 +78,8 @@ def verdict(report: Report) -> str:
         cleared = len(report.findings)
         past = f"; {cleared} earlier finding{'s' if cleared > 1 else ''} cleared again" if cleared else ""
         return f"No sign of a training pathology{past}{until}."
-    return f"{active[0].message or headline(active[0])}{until}"
+    sentence = active[0].message or headline(active[0])
+    return f"{sentence[:1].upper()}{sentence[1:]}{until}"
 
 
 def headline(finding: Finding) -> str:
@@ -80,8 +90,17 @@ def headline(finding: Finding) -> str:
 
 
 def evidence(values: Mapping[str, Any]) -> str:
-    """`entropy 0.31, sec_1 0.97`."""
-    return ", ".join(f"{name} {_evidence_value(value)}" for name, value in values.items())
+    """`entropy 0.31 (healthy: above 0.5), sec 1 0.97`: what `NAME_healthy` holds belongs to `NAME`."""
+    healthy = {
+        name.removesuffix(_HEALTHY): value for name, value in values.items() if name.endswith(_HEALTHY)
+    }
+    words = []
+    for name, value in values.items():
+        if name.endswith(_HEALTHY) and name.removesuffix(_HEALTHY) in values:
+            continue
+        band = f" (healthy: {_evidence_value(healthy[name])})" if name in healthy else ""
+        words.append(f"{name} {_evidence_value(value)}{band}")
+    return " · ".join(words)
 
 
 def forecast(values: Mapping[str, float]) -> str:

@@ -38,6 +38,7 @@ def demo(
     # The one verb that trains, and so the one that needs torch; all others work without it installed.
     try:
         from diagnostics.demo.main import run_demo  # noqa: PLC0415 - see above
+        from diagnostics.demo.verdict import verdict  # noqa: PLC0415 - see above
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
@@ -51,6 +52,8 @@ def demo(
         print_report(console, report, run_dir)
         console.print()
     console.print(_table(run_dirs, reports))
+    for sentence in verdict(run_dirs):
+        console.print(sentence, soft_wrap=True)
     # A collapsing arm is what the demonstration is for: its finding is no reason for a code other than 0.
     raise typer.Exit(OK if no_dashboard else serve(out))
 

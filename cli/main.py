@@ -17,7 +17,7 @@ from .demo import demo
 from .exits import OK, USAGE
 from .export import export
 from .list_runs import list_runs
-from .output import say, warnings_as_lines
+from .output import readers_may_leave, say, warnings_as_lines
 from .report import report
 from .watch import watch
 
@@ -68,11 +68,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
     with warnings_as_lines():
-        try:
-            app(args=None if arguments is None else list(arguments), prog_name="diagnostics")
-        except SystemExit as end:
-            return end.code if isinstance(end.code, int) else OK
-        except (DiagnosticsError, OSError) as error:
-            say(f"error: {error}")
-            return USAGE
+        code = _run(arguments)
+    with readers_may_leave():
+        sys.stdout.flush()
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="diagnostics")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else OK
+    except (DiagnosticsError, OSError) as error:
+        say(f"error: {error}")
+        return USAGE
     return OK

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,14 +18,34 @@ from diagnostics.errors import DamagedDataWarning, RecorderWarning
 _PIPED_COLUMNS = 200
 
 
+class _Answers(Console):
+    """A console whose reader may leave: Rich itself would exit with 1, which here means a finding."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        _write_into_nothing()
+
+
 def answers() -> Console:
     """The console for what was asked for. Made anew each time: tests and pipes exchange `sys.stdout`."""
-    return _console(sys.stdout)
+    width = None if sys.stdout.isatty() else _PIPED_COLUMNS
+    return _Answers(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
 
 
-def _console(stream: TextIO) -> Console:
-    width = None if stream.isatty() else _PIPED_COLUMNS
-    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+@contextmanager
+def readers_may_leave() -> Iterator[None]:
+    """`diagnostics report ... | head` has read enough: what follows goes nowhere, and the verdict stands."""
+    try:
+        yield
+    except BrokenPipeError:
+        _write_into_nothing()
+
+
+def _write_into_nothing() -> None:
+    # Not just dropped: Python flushes stdout once more when it exits, and would complain then.
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, sys.stdout.fileno())
+    os.close(nothing)
 
 
 def say(message: str) -> None:
@@ -34,7 +55,9 @@ def say(message: str) -> None:
 
 def print_json(document: Mapping[str, Any]) -> None:
     """The one JSON document of a `--json` verb."""
-    print(json.dumps(_strict(document), indent=1, allow_nan=False, default=str))
+    text = json.dumps(_strict(document), indent=1, allow_nan=False, default=str)
+    with readers_may_leave():
+        print(text)
 
 
 def _strict(value: Any) -> Any:  # noqa: ANN401 - whatever a finding's evidence holds

@@ -69,6 +69,8 @@ def counted(number: int, noun: str) -> str:
 
 def _finding_lines(finding: Finding, run_dir: Path) -> Iterator[Text]:
     when = f"since step {finding.first_step}"
+    if finding.raised_step is not None and finding.raised_step != finding.first_step:
+        when += f" (alarm at step {finding.raised_step})"
     style = _SEVERITY_STYLES.get(finding.severity, "")
     if not finding.active:
         when = f"from step {finding.first_step} to {finding.last_step}, recovered"

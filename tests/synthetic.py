@@ -89,11 +89,11 @@ def write_run(root: Path, name: str = "run", *, steps: int = 100, every: int = 1
                      "sec_1": energy[0], "sec_4": 1.0, "sec_10": 1.0, "stable_rank": 1 / energy[0],
                      "effective_rank": 4 * (1 - bad) + 1 * bad, "singular_values": sigma.tolist()}
                 )
-        for parameter in PARAMETERS:
-            update_rows.append(
-                {"step": step, "parameter": parameter, "sigma1": 1.0 + done, "update_sigma1": 0.01, "ratio": 0.01 / (1 + done),
-                 "frobenius_ratio": 0.01, "scale": 1.0}
-            )
+        update_rows += [
+            {"step": step, "parameter": parameter, "sigma1": 1.0 + done, "update_sigma1": 0.01, "ratio": 0.01 / (1 + done),
+             "frobenius_ratio": 0.01, "scale": 1.0}
+            for parameter in PARAMETERS
+        ]
     if steps:
         write_table(run_dir, "steps", step_rows)
         write_table(run_dir, "attention", attention_rows)

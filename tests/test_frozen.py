@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import typer
-from diagnostics.cli import exits
-from diagnostics.cli.main import app, main
-from diagnostics.cli.report import FailOn
 from synthetic import write_run
 
 import diagnostics
+from diagnostics.cli import exits
+from diagnostics.cli.main import app, main
+from diagnostics.cli.report import FailOn
 from diagnostics.control.commands import COMMANDS
 from diagnostics.detect.finding import SEVERITIES, STATUSES
 from diagnostics.store.format import CONTROL_INBOX, CONTROL_JOURNAL, MANIFEST, SCHEMAS
@@ -166,7 +166,7 @@ def test_report_json_has_the_contracts_keys(tmp_path: Path, capsys: pytest.Captu
     main(["report", "--json", str(write_run(tmp_path, steps=100, collapse=True))])
     document = json.loads(capsys.readouterr().out)
     assert list(document) == ["runs"]
-    # `missing`, `message` and `last_step` are ours beside the contract's.
+    # `missing`, and from `message` on, are ours beside the contract's.
     assert set(document["runs"][0]) == {"run", "status", "step", "findings", "forecast", "missing"}
     assert set(document["runs"][0]["findings"][0]) == {
         "kind",
@@ -177,6 +177,8 @@ def test_report_json_has_the_contracts_keys(tmp_path: Path, capsys: pytest.Captu
         "evidence",
         "advice",
         "message",
+        "status",
+        "raised_step",
         "last_step",
     }
 

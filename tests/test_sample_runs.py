@@ -44,6 +44,10 @@ def test_a_sample_is_small_and_plain_pandas_reads_it(name: str) -> None:
     run_dir = SAMPLES / name
     assert sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file()) < 400_000
     for table in SCHEMAS:
+        if not list((run_dir / table).glob("*.parquet")):
+            assert table == "events", "a healthy run may have no events, but it has every measurement"
+            assert len(open_run(run_dir).events()) == 0
+            continue
         frame = pd.read_parquet(run_dir / table)
         assert list(frame.columns)[: len(SCHEMAS[table].names)] == SCHEMAS[table].names
         assert len(frame) == len(open_run(run_dir).table(table))

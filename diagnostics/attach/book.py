@@ -30,6 +30,8 @@ class SiteBook:
         self.skipped: dict[str, str] = {}
         self._confirmed: set[str] = set()
         self._uncalled: set[str] = set()
+        self._settled = False
+        self._met_unprobed = False
         self._unwanted: set[tuple[str, ...]] = set()
         for site in candidate_sites(model):
             if self._wanted(site.name):
@@ -42,18 +44,27 @@ class SiteBook:
 
     @property
     def settled(self) -> bool:
-        """Whether every site's layout is confirmed, so that products need not be remembered any more."""
-        return all(name in self._confirmed for name in self._known)
+        """Whether the last step brought no layout to probe, so that products need not be remembered in the next."""
+        return self._settled
 
-    def skip(self, name: str, reason: str) -> None:
-        self.skipped[name] = reason
+    def end_step(self) -> None:
+        """Told when a measured step that saw attention ends."""
+        self.skip_uncalled()
+        self._settled = not self._met_unprobed
+        self._met_unprobed = False
+
+    def skip(self, path: str, reason: str) -> None:
+        """Leaves out the site at or around a module path."""
+        around = [name for name in self._known if path == name or path.startswith(f"{name}.") or not name]
+        self.skipped[max(around, key=len, default=path)] = reason
 
     def skip_uncalled(self) -> list[str]:
         """Marks the candidates that no observed forward has called; returns their names."""
         uncalled = [name for name in self._known if name not in self._confirmed and name not in self.skipped]
         for name in uncalled:
             self.skip(
-                name, "its name suggests attention, but no attention call was seen in it in a training forward"
+                name,
+                "its name suggests attention, but no attention call was seen in it in a training forward",
             )
         self._uncalled |= set(uncalled)
         return uncalled
@@ -78,7 +89,10 @@ class SiteBook:
         if call.has_bias:
             site = site.with_flags("bias")
         self._known[site.name] = site
-        self._confirmed.add(site.name)
+        if site.verified == "no" and not observer.wants_products:
+            self._met_unprobed = True  # first called late: probed at its call in the next measured step
+        else:
+            self._confirmed.add(site.name)
         if site.name in self._uncalled:  # called for the first time after all
             self._uncalled.remove(site.name)
             self.skipped.pop(site.name, None)

@@ -62,7 +62,7 @@ def scaled_dot_product_call(
     scale: float | None = None,
     enable_gqa: bool = False,  # noqa: ARG001, FBT001, FBT002 - seen from the shapes
 ) -> AttentionCall:
-    """From the arguments of torch.nn.functional.scaled_dot_product_attention."""
+    """From the arguments of torch.nn.functional.scaled_dot_product_attention; q and k keep their graph, for the probe."""
     if query.is_nested or key.is_nested:
         raise UnsupportedCallError("nested tensors are not supported yet")
     q_bhtk, k_bgsk = _four_dimensions(query), _four_dimensions(key)
@@ -79,6 +79,7 @@ def scaled_dot_product_call(
     )
 
 
+@torch.no_grad()
 def multi_head_call(*args: Any, **kwargs: Any) -> AttentionCall:  # noqa: ANN401 - the observed function's own
     """From the arguments of torch.nn.functional.multi_head_attention_forward, which projects by itself."""
     bound = _MHA_SIGNATURE.bind(*args, **kwargs)

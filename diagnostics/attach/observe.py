@@ -46,7 +46,7 @@ class Observer:
     Args:
         model: the attached model.
         on_call: receives each attention call with the paths of the running modules, outermost first; called
-            with the mode off and without gradient recording.
+            with the mode off.
         on_exit: called when an observed forward of the model ends.
         contained: runs the recorder's own code; returns False where it failed.
         contained_for: as `contained`, for one module path first; a fault there takes only that path out.
@@ -151,7 +151,7 @@ class Observer:
 
     def _stop_mode(self) -> None:
         # Modes are a stack: where somebody else's lies on top, ours waits for the next call of this.
-        if self._mode is not None and _get_current_function_mode() is self._mode:
+        if self._mode is not None and _get_current_function_mode() is self._mode:  # type: ignore[no-untyped-call]
             self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._mode = None
 
@@ -171,9 +171,7 @@ class Observer:
         self, as_call: Callable[..., AttentionCall], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         path = tuple(name for _, name in self._stack)
-        with torch.no_grad():
-            call = as_call(*args, **kwargs)
-        self._on_call(call, path, self)
+        self._on_call(as_call(*args, **kwargs), path, self)
 
     def _remember(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor

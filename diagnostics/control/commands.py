@@ -76,7 +76,14 @@ def check_command(command: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def as_typed(command: str, arguments: Mapping[str, Any], run: str = "RUN") -> str:
     """The command line that sends this command, for advice and suggestions."""
-    if command == "disarm":
-        return f"diagnostics control {run} disarm {arguments['name']}"
-    options = "".join(f" --{name} {value:g}" for name, value in arguments.items())
-    return f"diagnostics control {run} {command}{options}"
+    return f"diagnostics control {run} {command}{_options(command, arguments)}"
+
+
+def _options(command: str, arguments: Mapping[str, Any]) -> str:
+    # Also of arguments that check_command refuses, so that a refusal can name them.
+    if command == "disarm" and set(arguments) == {"name"}:
+        return f" {arguments['name']}"
+    return "".join(
+        f" --{name} {value:g}" if isinstance(value, int | float) else f" --{name} {value}"
+        for name, value in arguments.items()
+    )

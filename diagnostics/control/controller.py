@@ -85,7 +85,10 @@ class Controller:
             elif taken.id in self._taken:
                 # The same command delivered again: its answer is in the journal already.
                 self._announce(
-                    "control", "warning", f"{taken.command} {taken.id} came twice, once counts", {"id": taken.id}
+                    "control",
+                    "warning",
+                    f"{taken.command} {taken.id} came twice, once counts",
+                    {"id": taken.id},
                 )
             else:
                 self._taken.add(taken.id)
@@ -148,11 +151,22 @@ class Controller:
         self._armed.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"spectral-bound": [bound.state_dict() for bound in self._armed.values()]}
+        return {
+            "spectral-bound": {
+                position: self._armed[id(optimizer)].state_dict()
+                for position, optimizer in enumerate(self._optimizers)
+                if id(optimizer) in self._armed
+            }
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Arms again what was armed when the state was taken."""
-        for optimizer, saved in zip(self._optimizers, state.get("spectral-bound", []), strict=False):
+        self.close()
+        saved_by_position = state.get("spectral-bound", {})
+        for position, optimizer in enumerate(self._optimizers):
+            if position not in saved_by_position:
+                continue
+            saved = saved_by_position[position]
             bound = SpectralBound.for_sites(optimizer, saved["tau"], self._model, self._sites())
             bound.load_state_dict(saved)
             self._armed[id(optimizer)] = bound
@@ -227,7 +241,7 @@ DEFAULT_ACT = ("spectral-bound", {"tau": DEFAULT_TAU})
 
 
 def _sentence(record: dict[str, Any]) -> str:
-    typed = as_typed(record["command"], record["arguments"]) if record["arguments"] else record["command"]
+    typed = as_typed(record["command"], record["arguments"]).removeprefix("diagnostics control RUN ")
     if record["status"] == "applied":
-        return f"{typed.removeprefix('diagnostics control RUN ')} applied from step {record['step']}"
-    return f"{typed.removeprefix('diagnostics control RUN ')} {record['status']}: {record['reason']}"
+        return f"{typed} applied from step {record['step']}"
+    return f"{typed} {record['status']}: {record['reason']}"

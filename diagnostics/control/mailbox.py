@@ -110,7 +110,9 @@ def _read_command(path: Path) -> Command | Refused | None:
     if status.st_uid != os.getuid():
         return Refused(path.stem, f"{path.name} belongs to user {status.st_uid}, not to the run's user")
     if status.st_size > _LARGEST_BYTES:
-        return Refused(path.stem, f"{path.name} has {status.st_size} bytes, a command has {_LARGEST_BYTES} at most")
+        return Refused(
+            path.stem, f"{path.name} has {status.st_size} bytes, a command has {_LARGEST_BYTES} at most"
+        )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         return Command(
@@ -144,9 +146,10 @@ def read_journal(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for line in lines:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             continue
+        records.append(record)
     return records
 
 

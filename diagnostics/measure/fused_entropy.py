@@ -67,17 +67,21 @@ def attention_entropy(
             nothing_bht = q_bhtk.new_full(q_bhtk.shape[:3], torch.nan, dtype=torch.float32)
             return FusedEntropy(nothing_bht, nothing_bht)
         q_bhtk = q_bhtk.float()
-        k_bhsk = k_bgsk.float().repeat_interleave(q_bhtk.shape[1] // k_bgsk.shape[1], dim=1)
-        offset_bh1k = k_bhsk.mean(2, keepdim=True)
-        k_bhsk = k_bhsk - offset_bh1k
+        k_bgsk = k_bgsk.float()
+        offset_bg1k = k_bgsk.mean(2, keepdim=True)
+        k_bhsk = _by_query_head(k_bgsk - offset_bg1k, q_bhtk.shape[1])
         expected_bhtk, lse_bht = _attend(q_bhtk, k_bhsk, scale, hidden, is_causal=is_causal)
-        entropy_bht = (lse_bht - scale * (q_bhtk * expected_bhtk).sum(-1)).clamp(min=0.0)
-        lse_bht = lse_bht + scale * (q_bhtk * offset_bh1k).sum(-1)
+        entropy_bht = (lse_bht - scale * expected_bhtk.mul_(q_bhtk).sum(-1)).clamp(min=0.0)
+        lse_bht = lse_bht + scale * (q_bhtk @ _by_query_head(offset_bg1k, q_bhtk.shape[1]).mT)[..., 0]
         if hidden is not None:
             dead_bht = hidden.all(-1)
             entropy_bht = entropy_bht.masked_fill(dead_bht, torch.nan)
             lse_bht = lse_bht.masked_fill(dead_bht, torch.nan)
         return FusedEntropy(entropy_bht, lse_bht)
+
+
+def _by_query_head(k_bgsk: Tensor, heads: int) -> Tensor:
+    return k_bgsk if k_bgsk.shape[1] == heads else k_bgsk.repeat_interleave(heads // k_bgsk.shape[1], dim=1)
 
 
 def _hidden(attn_mask: Tensor) -> Tensor:
@@ -104,7 +108,13 @@ def _attend(
     )
     if q_bhtk.device.type == "cpu":
         output_bhtk, lse_bht = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001 - the only way to the log-sum-exp
-            q_bhtk.contiguous(), k_bhsk, k_bhsk, 0.0, is_causal, attn_mask=additive, scale=scale
+            q_bhtk.contiguous(),
+            k_bhsk.contiguous(),
+            k_bhsk.contiguous(),
+            0.0,
+            is_causal,
+            attn_mask=additive,
+            scale=scale,
         )
         return output_bhtk, lse_bht
     if q_bhtk.device.type == "cuda":

@@ -48,12 +48,17 @@ def largest_singular_value(
 ) -> Sigma1:
     """sigma1 of each matrix by Golub-Kahan-Lanczos bidiagonalisation.
 
-    Power iteration keeps only its last vector, which is why it is so slow on flat spectra: after 8 iterations it
-    is 4 % low on a 256 x 256 Gaussian matrix, which would tighten the spectral bound for W and loosen it for dW.
-    Lanczos takes the best vector out of the span of all of them at the same two products with A per step, and
-    has sharp convergence (Golub and Kahan 1965; one-sided reorthogonalisation after Simon and Zha 2000).
-    Cycles of `steps` extend the same Krylov space until the residual meets the tolerance, so that no step is lost
-    to a restart. Measured in tests/bench/measurements.py.
+    Plain power iteration keeps only its last vector, so it crawls on flat spectra, and a value that is too low
+    tightens the spectral bound for W and loosens it for dW. Lanczos picks the best vector out of the span of all
+    the products seen, at the same two products with A per step (Golub and Kahan 1965; one-sided
+    reorthogonalisation after Simon and Zha 2000). Cycles of `steps` extend one and the same Krylov space until
+    the residual meets the tolerance, so that nothing is lost to a restart.
+
+    Relative errors measured against svdvals (Gaussian, sign, low rank with noise, power law, top two 0.1 % apart,
+    flat edge; 16 x 16 to 4096 x 1024): cold start to the default tolerance 2e-5 at worst, after 8 to 64 steps. A
+    cold start of 8 steps alone is still up to 5e-2 low on Gaussian matrices (power iteration: 7e-2). After a
+    relative change of 1e-3 of the matrix a warm start is right to 2e-4 in 2 steps and 5e-5 in 3. A start that is
+    exactly some other singular vector, less than 2 % below the top one, may cost that gap in one or two calls.
 
     Arithmetic is float32 (float64 for float64 input). The global random state is untouched: starts are mixed
     with a fixed direction. On CUDA the only synchronisation is the convergence test once per cycle;

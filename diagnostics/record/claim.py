@@ -18,6 +18,7 @@ from diagnostics.errors import DiagnosticsError, RunExistsError
 from diagnostics.record.update_watch import unwrapped
 from diagnostics.store.format import MANIFEST, SCHEMA_VERSION, TABLES, metric_metadata
 from diagnostics.store.manifest import Manifest
+from diagnostics.store.plain import plain
 from diagnostics.version import __version__
 
 
@@ -95,6 +96,8 @@ def claim_run_dir(
         RunExistsError: the directory holds a run already.
         DiagnosticsError: the directory cannot be made or written.
     """
+    if run_dir is not None and not (isinstance(run_dir, str | os.PathLike) and os.fspath(run_dir)):
+        raise DiagnosticsError(f"run_dir is {run_dir!r}; give a path, or None for runs/<timestamp>-<id>")
     started_s = time.time()
     identity = f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(started_s))}-{secrets.token_hex(3)}"
     text = os.fspath(run_dir) if run_dir is not None else os.path.join("runs", identity)  # noqa: PTH118 - may be a URI
@@ -134,7 +137,7 @@ def claim_run_dir(
         "status": "no-data",
         "overhead": 0.0,
         "control": control,
-        "config": dict(config or {}),
+        "config": plain(config or {}),
         "model": {
             "class": type(model).__name__,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -6,7 +6,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -28,9 +29,12 @@ from diagnostics.record.measured_step import MeasuredStep
 from diagnostics.record.schedule import is_measured, next_measured
 from diagnostics.record.stream import Handed, Stream
 from diagnostics.record.update_watch import UpdateWatch
+from diagnostics.store.format import TABLES
 from diagnostics.store.write import Worker
 
 Optimizer = torch.optim.Optimizer
+_OWN_COLUMNS = frozenset(column.name for column in TABLES["steps"]) - {"loss", "lr", "grad_norm"}
+_LARGEST_INT = 2**1000
 
 
 class Recorder:
@@ -112,6 +116,7 @@ class Recorder:
         self._seen_before_forward: set[str] = set()
         self._faulty: set[str] = set()
         self._warned_blind = False
+        self._timing = False
         self._overhead_s = 0.0
         self._overhead_in_step_s = 0.0
         self._started_s = time.perf_counter()
@@ -148,7 +153,11 @@ class Recorder:
             loss: float or 0-d tensor. A tensor on a device is fetched later, never synchronised here.
             **scalars: more of the same kind; `lr` and `grad_norm` fill the columns of those names.
         """
-        if self._disabled or self._border.broken or self._closed:
+        if self._disabled or self._closed:
+            return
+        if self._border.broken:
+            # The fault may have come on the writer's thread or within a forward; only here is it safe to let go.
+            self._disarm()
             return
         start_s = time.perf_counter()
         self._border.run(self._close_step, loss, scalars, start_s)
@@ -207,7 +216,7 @@ class Recorder:
         lr = scalars.pop("lr", None)
         if lr is None and self._optimizers:
             lr = self._optimizers[0].param_groups[0]["lr"]
-        handed = {name: self._handed(name, value) for name, value in scalars.items()}
+        handed = {name: self._handed(name, value) for name, value in scalars.items() if self._is_free(name)}
         overhead_s = self._overhead_in_step_s + time.perf_counter() - start_s
         self._stream.handed.append(
             Handed(
@@ -226,17 +235,28 @@ class Recorder:
 
     def _handed(self, name: str, value: object) -> object:
         """A scalar as it can be kept: numbers as they are, a device tensor as a copy that holds no graph."""
-        if value is None or isinstance(value, int | float):
+        if value is None or isinstance(value, float):
             return value
-        if isinstance(value, Tensor) and value.numel() == 1:
+        if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
             return value.item() if value.device.type == "cpu" else value.detach().clone()
-        if isinstance(value, np.generic) and np.isrealobj(value):
+        if isinstance(value, np.generic | np.ndarray) and value.size == 1 and value.dtype.kind in "biuf":
+            return float(value.item())
+        if isinstance(value, int) and abs(value) <= _LARGEST_INT:
             return float(value)
-        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor | np.ndarray) else ""
         self._border.note(
             f"recorder.step: {name} is a {type(value).__name__}{shape}; give a float or a 0-d tensor. It is not recorded"
         )
         return None
+
+    def _is_free(self, name: str) -> bool:
+        if name in _OWN_COLUMNS:
+            self._border.note(
+                f"recorder.step: {name!r} is a column that the recorder fills itself; hand the scalar in under another "
+                "name. It is not recorded"
+            )
+            return False
+        return True
 
     def _cross_boundary(self, step: int, measured: MeasuredStep | None) -> None:
         if measured is not None:
@@ -265,6 +285,7 @@ class Recorder:
         self._measured = MeasuredStep()
         self._seen = set()
         self._seen_before_forward = set()
+        self._observer.wants_products = not self._book.settled
         self._observer.arm()
         self._updates.arm(self._contained)
 
@@ -291,13 +312,14 @@ class Recorder:
     def _report_blindness(self, measured: MeasuredStep) -> None:
         if measured.attention or self._warned_blind:
             if measured.attention:
-                self._book.skip_uncalled()
+                self._book.end_step()
             return
         self._warned_blind = True
         message = (
             "no attention call was observed in the first measured step: entropy and spectra are not recorded. Either no "
-            "training forward of the attached model ran (attach to the module you call), or its attention is of a kind "
-            "that this version cannot see"
+            "training forward of the attached model ran (attach to the module you call), or it ran without gradients "
+            "(activation checkpointing with use_reentrant=True does so; use_reentrant=False is observed), or its "
+            "attention is of a kind that this version cannot see"
         )
         self._border.note(message)
         self._stream.announce("warning", "warning", message, {"step": self._step - 1})
@@ -305,28 +327,43 @@ class Recorder:
     # --- inside a measured forward ------------------------------------------------------------------
 
     def _contained(self, function: Callable[..., None], *args: Any) -> bool:  # noqa: ANN401 - whatever it takes
-        start_s = time.perf_counter()
-        done = self._border.run(function, *args)
-        self._overhead_in_step_s += time.perf_counter() - start_s
-        return done
+        with self._timed():
+            return self._border.run(function, *args)
 
     def _contained_for(self, path: str, function: Callable[..., None], *args: Any) -> bool:  # noqa: ANN401 - as above
         if path in self._faulty:
             return False
+        with self._timed():
+            return self._border.run_for(path, function, *args)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Counts as overhead; once, where one such block lies in another."""
+        if self._timing:
+            yield
+            return
+        self._timing = True
         start_s = time.perf_counter()
-        done = self._border.run_for(path, function, *args)
-        self._overhead_in_step_s += time.perf_counter() - start_s
-        return done
+        try:
+            yield
+        finally:
+            self._timing = False
+            self._overhead_in_step_s += time.perf_counter() - start_s
 
     def _on_call(self, call: AttentionCall, path: tuple[str, ...], observer: Observer) -> None:
         measured = self._measured
         if measured is None:
             return
         site = self._book.site_of(call, path, observer)
-        observer.wants_products = not self._book.settled
         # A second micro-batch would only repeat what the first has shown; a shared layer's calls within one
         # forward all count.
         if site is None or site.name in self._seen_before_forward:
+            return
+        if call.q_bhtk.shape[1] != site.heads:
+            self._border.note(
+                f"{site.name or 'the model'} calls attention with {site.heads} and with {call.q_bhtk.shape[1]} heads: "
+                "a row per head cannot hold both, so only the first kind is observed"
+            )
             return
         self._seen.add(site.name)
         measured.add_call(site, call)
@@ -345,9 +382,7 @@ class Recorder:
     # --- end ----------------------------------------------------------------------------------------
 
     def _switch_off(self, fault: Fault) -> None:
-        """After a fault of our own: nothing of ours stays in the training; what was recorded stays."""
-        self._observer.disarm()
-        self._updates.disarm()
+        """After a fault of our own nothing more is done; what was recorded stays. `step` takes the hooks off."""
         self._measured = None
         self._stream.record_fault(fault.where, fault.error, fault.trace)
 
@@ -388,8 +423,7 @@ class Recorder:
         self._observer.disarm()
         self._updates.disarm()
         self._stream.update_manifest(overhead=self.overhead)
-        self._worker.offer(partial(self._stream.finish, state, error))
-        self._worker.stop()
+        self._worker.stop(partial(self._stream.finish, state, error))
         self._controller.close()
 
 

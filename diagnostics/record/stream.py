@@ -3,7 +3,6 @@
 Runs on the worker's thread. The training thread appends to `handed` and offers jobs; it never waits.
 """
 
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from diagnostics.record.measured_step import MeasuredStep
 from diagnostics.record.rows import attention_rows, spectra_rows, update_rows
 from diagnostics.store.format import HEARTBEAT_PERIOD_S
 from diagnostics.store.manifest import Manifest, write_manifest
+from diagnostics.store.plain import to_json
 from diagnostics.store.write import PartWriter, Row
 
 _FLUSH_AFTER_S = 2.0
@@ -78,7 +78,7 @@ class Stream:
                 "layer": where.get("layer"),
                 "head": where.get("head"),
                 "message": message,
-                "data": json.dumps(data, default=str),
+                "data": to_json(data),
             }
         )
 

@@ -96,7 +96,9 @@ def select_matrices(optimizer: torch.optim.Optimizer, select: Select) -> list[nn
                     f"select names a parameter of shape {tuple(parameter.shape)}; a vector has no largest singular value"
                 )
     if not chosen:
-        raise DiagnosticsError("select leaves no matrix to bound; give None, a module, parameters, or a callable")
+        raise DiagnosticsError(
+            "select leaves no matrix to bound; give None, a module, parameters, or a callable"
+        )
     return chosen
 
 

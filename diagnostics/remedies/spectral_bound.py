@@ -212,7 +212,7 @@ class SpectralBound:
         if not self._before:
             return
         self._steps += 1
-        for (shape, *_), members in self._groups.items():
+        for (shape, _device, _dtype), members in self._groups.items():
             stepped = [index for index in members if id(self._blocks[index].parameter) in self._before]
             if stepped:
                 self._bound_group(shape, stepped)

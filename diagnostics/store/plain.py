@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ def plain(value: object) -> Any:  # noqa: ANN401 - any JSON value
         return value
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence | Set) and not isinstance(value, bytes | bytearray):
+    if isinstance(value, Sequence | AbstractSet) and not isinstance(value, bytes | bytearray):
         return [plain(item) for item in value]
     return str(value)
 

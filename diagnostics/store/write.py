@@ -110,9 +110,10 @@ class Worker:
     def backlog(self) -> int:
         return self._jobs.qsize()
 
-    def stop(self, timeout_s: float = 60.0) -> None:
-        """Finishes the queue and ends the thread; gives up waiting after `timeout_s`."""
+    def stop(self, last: Callable[[], None], timeout_s: float = 60.0) -> None:
+        """Finishes the queue, runs `last` and ends the thread; gives up waiting after `timeout_s`."""
         try:
+            self._jobs.put(last, timeout=timeout_s)
             self._jobs.put(None, timeout=timeout_s)
         except queue.Full:
             return

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+
 from diagnostics.app.decimate import MOST_POINTS
 from diagnostics.app.head_charts import (
     HEAD_METRICS,
@@ -23,7 +24,6 @@ from diagnostics.app.step_charts import compare_figure, overview_figure
 from diagnostics.app.style import PALETTE, line_style
 from diagnostics.app.summary import Mark, NotFinite, RunCurves, TauSpan
 from diagnostics.app.update_charts import largest_updates, update_figure
-
 from diagnostics.store.format import SCHEMAS
 
 ENTROPY = next(metric for metric in HEAD_METRICS if metric.column == "entropy")

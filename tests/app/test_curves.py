@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+
 from diagnostics.app.decimate import decimate, with_gaps
 from diagnostics.app.summary import RunCurves, marks_of, run_curves, smoothed, tau_spans
-
 from diagnostics.store.format import SCHEMAS
 
 
@@ -25,7 +25,7 @@ def curves_of(**tables: list[dict[str, object]]) -> RunCurves:
         "steps": ["step", "loss", "loss_not_finite"],
         "attention": ["step", "layer", "head", "entropy", "max_logit"],
         "spectra": ["step", "layer", "head", "sec_1"],
-        "updates": ["step", "parameter", "ratio"],
+        "updates": ["step", "parameter", "ratio", "scale"],
     }
     return run_curves(*(pd.DataFrame(tables.get(name, []), columns=columns[name]) for name in columns))
 

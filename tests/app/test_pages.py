@@ -1,5 +1,6 @@
 """Every page on runs with known contents: it is drawn without an exception and says what a person must read."""
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -8,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diagnostics.app.data import Reader
-from diagnostics.app.launch import dashboard_command
-from diagnostics.app.wording import verdict
 from streamlit.testing.v1 import AppTest
 from synthetic import LAYERS, manifest, write_run, write_table
 
-from diagnostics.control.mailbox import take_commands, write_journal
+from diagnostics.app.data import Reader
+from diagnostics.app.launch import dashboard_command
+from diagnostics.app.wording import verdict
+from diagnostics.control.mailbox import Command, take_commands, write_journal
 from diagnostics.detect.finding import Finding
 from diagnostics.report import Report, assess
 from diagnostics.store.manifest import write_manifest
@@ -67,8 +68,8 @@ def section(page: AppTest, name: str) -> AppTest:
 
 def charts(page: AppTest) -> list[str]:
     """Every chart as the JSON that is sent to the browser."""
-    elements: list[Any] = list(page.get("plotly_chart"))
-    return [one.proto.spec for one in elements]
+    elements: list[Any] = list(page.get("bidi_component"))
+    return [json.loads(one.proto.json) for one in elements]
 
 
 def test_the_list_shows_every_run(tmp_path: Path, open_page: Open) -> None:
@@ -202,18 +203,27 @@ def test_findings_are_shown_worst_first_with_evidence_and_advice(
 ) -> None:
     write_run(tmp_path, "sick")
     finding = Finding(
-        kind="entropy-collapse", severity="critical", layer=LAYERS[0], head=1, first_step=50,
-        evidence={"entropy": 0.3125, "healthy": [2.0, 3.5]}, advice="Arm the bound.", status="collapsed",
+        kind="entropy-collapse",
+        severity="critical",
+        layer=LAYERS[0],
+        head=1,
+        first_step=50,
+        evidence={"entropy": 0.3125, "entropy_healthy": [2.0, 3.5], "sec_1": 0.97},
+        advice="Arm the bound.",
+        status="collapsed",
         message="Attention entropy has collapsed in blocks.0.attn head 1.",
-    )  # fmt: skip
+    )
     late = Finding(
         kind="loss-stall", severity="warning", layer=None, head=None, first_step=70, status="at-risk"
     )
     report = Report(
-        "sick", "collapsed", 99, (finding, late),
+        "sick",
+        "collapsed",
+        99,
+        (finding, late),
         {"steps_to_collapse": 120.0, "low": 80.0, "high": 200.0, "confidence": 0.75},
         ("the update ratios: no optimizer was given",),
-    )  # fmt: skip
+    )
     monkeypatch.setattr(Reader, "report", lambda _reader, _run_dir: report)
     page = open_page(run="sick")
     said = words(page)
@@ -293,7 +303,7 @@ def test_a_command_is_sent_and_shown_as_done_only_when_the_run_says_so(
     assert not page.exception
     assert "has not answered yet" in words(page)
     (command,) = take_commands(run_dir)
-    assert not isinstance(command, str)
+    assert isinstance(command, Command)
     assert (command.command, command.arguments) == ("spectral-bound", {"tau": 0.02})
     record: dict[str, Any] = {"id": command.id, "command": command.command, "status": "applied", "step": 120}
     write_journal(run_dir, {**record, "before": None, "after": {"tau": 0.02}})

@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from diagnostics.app.data import Reader
 from synthetic import HEADS, LAYERS, write_run, write_table
 
+from diagnostics.app.data import Reader
 from diagnostics.errors import DamagedDataWarning
 from diagnostics.store.read import Run, open_run
 

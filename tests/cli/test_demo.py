@@ -31,7 +31,9 @@ def test_the_reports_are_printed_then_a_table_of_the_arms(
     assert trained == [{"out": tmp_path, "steps": 7, "seed": 3}]
     assert "gpt-good: healthy at step 99" in ended.out
     assert "gpt-bad: collapsed at step 99" in ended.out
-    good, bad = (line.split() for line in ended.out.splitlines()[-3:] if line.strip())
+    table = ended.out.split("how each arm ended")[1].splitlines()
+    good, bad = (line.split() for line in table if line.strip().startswith(("gpt-good", "gpt-bad")))
+    assert "the arms cannot be compared" in table[-1], "these are not the demonstration's arms"
     # At the last measured step, 90 of 99: entropy 3.5 (1 - bad) + .02 and logits 1 + 150 bad with
     # bad = (90 / 99 - .3) / .7; the spectrum is 1 + 30 bad, .9, .8, .7.
     share = (90 / 99 - 0.3) / 0.7

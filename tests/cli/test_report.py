@@ -41,7 +41,9 @@ def test_a_collapsing_run_gives_1_and_says_what_is_wrong_where_since_when_and_wh
     assert f"since step {finding.first_step}" in first_line
     assert f"{finding.kind} in {finding.layer}" in first_line
     for name in finding.evidence:
-        assert name in ended.out
+        assert name.removesuffix("_healthy") in ended.out
+    assert "(healthy: " in ended.out
+    assert f"(alarm at step {finding.raised_step})" in ended.out
     assert finding.message in ended.out
     # The command to type names this run.
     assert f"diagnostics control {run} " in ended.out

@@ -4,17 +4,17 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from diagnostics.cli.watch import Followed, _follow, sparkline
 from rich.console import Console
 from synthetic import manifest, write_run, write_table
 
+from diagnostics.cli.watch import Followed, _follow, sparkline
 from diagnostics.store.manifest import write_manifest
 from diagnostics.store.read import open_run
 
@@ -34,7 +34,6 @@ def test_a_finished_run_is_shown_once_with_its_verdict(diagnostics: Command, tmp
 def test_a_live_run_is_followed_until_it_ends(
     diagnostics: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diagnostics.cli.watch._PERIOD_S", 0.01)
     run = write_run(tmp_path, steps=20, state="running")
     alert = {
         "step": 30,
@@ -47,15 +46,14 @@ def test_a_live_run_is_followed_until_it_ends(
         "data": json.dumps({"kind": "entropy-collapse"}),
     }
 
-    def train_on() -> None:
+    def train_on(_: float) -> None:
         write_table(run, "steps", [{"step": 30, "time_s": 0.0, "loss": 0.5, "measured": True}], number=1)
         write_table(run, "events", [alert])
         write_manifest(run, manifest("run", steps=31))
 
-    trained = threading.Timer(0.3, train_on)
-    trained.start()
+    # The run goes on while the watcher sleeps between two looks.
+    monkeypatch.setattr("diagnostics.cli.watch.time", SimpleNamespace(sleep=train_on))
     ended = diagnostics("watch", run)
-    trained.join()
     assert ended.code == 0
     lines = ended.out.splitlines()
     assert [line.split(":")[0] for line in lines[:2]] == ["step 19", "step 30"]

@@ -74,6 +74,12 @@ def test_a_head_of_rank_one_has_all_its_energy_in_one_direction_and_exact_zeros_
     )
 
 
+def test_a_head_of_rank_two_has_two_singular_values_and_no_rounding_noise_behind() -> None:
+    wq = normal(1, 12, 2, dtype=torch.float64) @ normal(1, 2, 40, seed=1, dtype=torch.float64)
+    spectra = head_spectra(wq, normal(1, 12, 40, seed=2))
+    assert (spectra.singular_values_hk > 0).sum().item() == 2
+
+
 def test_small_singular_values_of_a_decayed_head_are_right_to_float32() -> None:
     # Singular values of Wq and Wk from 1 down to 1e-7: the condition of the product is up to 1e14, that of the Gram too.
     rows, width = 16, 64
