@@ -12,10 +12,9 @@ from diagnostics.errors import DiagnosticsError
 from diagnostics.store.read import find_runs
 
 from .data import READER, Reader
-from .summary import highest, last_value, lowest
-from .wording import labelled
+from .wording import labelled, plain
 
-REFRESH_S = 5
+REFRESH_S = 3
 # A thousand runs cannot be judged within one refresh: the rest is judged in the next ones.
 JUDGING_BUDGET_S = 1.5
 _LIVE = ("running", "stalled")
@@ -29,14 +28,7 @@ def render(root: Path) -> None:
         root: directory the dashboard was started with.
     """
     st.header("Training Diagnostics", anchor=False)
-    rows = run_rows(root, READER)
-    unsettled = any(row["state"] in _LIVE or row["status"] == "…" for row in rows)
-    if not rows:
-        st.info(
-            f'There is no run below {root} yet. Attach a `Recorder(model, optimizer, "{root}/NAME")` to a training '
-            "loop, or make the demonstration runs with `diagnostics demo`; this page looks again every few seconds."
-        )
-    st.fragment(_listing, run_every=REFRESH_S if unsettled or not rows else None)(root)
+    st.fragment(_listing, run_every=REFRESH_S)(root)
 
 
 def run_rows(root: Path, reader: Reader) -> list[dict[str, Any]]:
@@ -71,13 +63,14 @@ def _row(root: Path, path: Path, reader: Reader, deadline_s: float) -> dict[str,
             "started_s": info.get("started_s"),
             "status": "…",
         }
-        if reader.is_judged(path) or time.monotonic() < deadline_s:
-            curves = reader.curves(path)
+        live = info["state"] in _LIVE
+        if live or reader.has_digest(path) or time.monotonic() < deadline_s:
+            digest = reader.digest(path, live=live)
             row |= {
-                "status": reader.report(path).status,
-                "last loss": last_value(curves.loss),
-                "lowest entropy": lowest(curves.entropy),
-                "highest mean SEC": highest(curves.sec_mean),
+                "status": digest.status,
+                "last loss": digest.last_loss,
+                "lowest entropy": digest.lowest_entropy,
+                "highest mean SEC": digest.highest_sec,
             }
     except DiagnosticsError as error:
         row["problem"] = str(error)
@@ -87,6 +80,11 @@ def _row(root: Path, path: Path, reader: Reader, deadline_s: float) -> dict[str,
 def _listing(root: Path) -> None:
     rows = run_rows(root, READER)
     if not rows:
+        st.info(
+            f'There is no run below {plain(str(root))} yet. Attach a `Recorder(model, optimizer, "{root}/NAME")` to a '
+            "training loop, or make the demonstration runs with `diagnostics demo`; this page looks again every few "
+            "seconds."
+        )
         return
     names = [row["run"] for row in rows]
     chooser, button = st.columns([5, 1], vertical_alignment="bottom")

@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diagnostics.report import Report, assess
-from diagnostics.store.format import SCHEMAS, TABLES, part_steps
+from diagnostics.store.format import MANIFEST, SCHEMAS, TABLES, part_steps
 from diagnostics.store.read import Run, open_run
 
-from .summary import RunCurves, run_curves
+from .summary import RunCurves, highest, last_value, lowest, run_curves
 
 T = TypeVar("T")
 Stamp = tuple[Any, ...]
@@ -40,15 +40,37 @@ class _Kept:
     read_s: float
 
 
+@dataclass(frozen=True)
+class Digest:
+    """A run in four values; None where nothing was observed.
+
+    Attributes:
+        status: the verdict's.
+        last_loss: of the last step that has one.
+        lowest_entropy: of any head at any step, nats.
+        highest_sec: the highest mean SEC_1 over heads of any step.
+    """
+
+    status: str
+    last_loss: float | None
+    lowest_entropy: float | None
+    highest_sec: float | None
+
+    @classmethod
+    def of(cls, report: Report, curves: RunCurves) -> "Digest":
+        return cls(report.status, last_value(curves.loss), lowest(curves.entropy), highest(curves.sec_mean))
+
+
 class Reader:
     """Reads runs and keeps the latest state of each; values handed out are shared and must not be changed."""
 
-    def __init__(self, most_kept: int = 256) -> None:
+    def __init__(self, most_kept: int = 64) -> None:
         self._kept: OrderedDict[tuple[str, str], _Kept] = OrderedDict()
         self._most_kept = most_kept
         # One read at a time: sessions share what is kept, and two would read the same files twice.
         self._lock = threading.RLock()
         self._damaged: dict[str, dict[str, str]] = {}
+        self._digests: dict[str, tuple[Stamp, Digest]] = {}
 
     def info(self, run_dir: Path) -> dict[str, Any]:
         """The manifest, with the judged state; small, so always read anew."""
@@ -90,9 +112,25 @@ class Reader:
                 return kept.value  # type: ignore[no-any-return]
             return self._latest(key, _stamp(run_dir, tuple(TABLES)), lambda: assess(run_dir))
 
-    def is_judged(self, run_dir: Path) -> bool:
-        """Whether `report` and `curves` have been asked for before, so that asking again is quick."""
-        return (str(run_dir), "report") in self._kept and (str(run_dir), "curves") in self._kept
+    def digest(self, run_dir: Path, *, live: bool) -> Digest:
+        """What the run list shows of a run.
+
+        A run that has ended is read once, and only these four values of it are kept: a list of a
+        thousand runs must not hold a thousand runs' tables.
+        """
+        if live:
+            return Digest.of(self.report(run_dir), self.curves(run_dir))
+        with self._lock:
+            if not self.has_digest(run_dir):
+                scratch = Reader()
+                value = Digest.of(scratch.report(run_dir), scratch.curves(run_dir))
+                self._digests[str(run_dir)] = (_manifest_stamp(run_dir), value)
+            return self._digests[str(run_dir)][1]
+
+    def has_digest(self, run_dir: Path) -> bool:
+        """Whether the `digest` of a run that has ended is there without reading it."""
+        kept = self._digests.get(str(run_dir))
+        return kept is not None and kept[0] == _manifest_stamp(run_dir)
 
     def spectrum(self, run_dir: Path, layer: str, head: int) -> pd.DataFrame:
         """Singular values of one head: index step, columns 1, 2, ... (descending); NaN where not observed."""
@@ -155,6 +193,11 @@ def _stamp(run_dir: Path, tables: tuple[str, ...]) -> Stamp:
     """Changes whenever a table may have: part files never change once named, so their names are enough."""
     tail = _listing(run_dir / "tail", with_sizes=True)
     return (tail, tuple(_listing(run_dir / table) for table in tables), _birth(run_dir))
+
+
+def _manifest_stamp(run_dir: Path) -> Stamp:
+    status = (run_dir / MANIFEST).stat()
+    return status.st_mtime_ns, status.st_size
 
 
 def _listing(folder: Path, *, with_sizes: bool = False) -> frozenset[Any]:

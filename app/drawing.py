@@ -41,7 +41,8 @@ export default function ({ data, parentElement }) {
   }
   const figure = JSON.parse(data);
   plot.style.height = `${figure.layout.height}px`;
-  const config = { displaylogo: false, responsive: false };
+  // Nothing of a run may leave this machine: no button that uploads a chart.
+  const config = { displaylogo: false, showSendToCloud: false, responsive: false };
   library().then(
     (Plotly) => Plotly.react(plot, figure.data, { ...figure.layout, autosize: true }, config),
     (error) => { plot.textContent = error.message; },

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from datetime import datetime, tzinfo
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pandas as pd
 import streamlit as st
@@ -23,6 +24,8 @@ from .head_charts import (
 )
 from .summary import tau_spans
 from .update_charts import largest_updates, scalar_figure, update_figure
+
+T = TypeVar("T")
 
 _TABLE_COLUMNS = ("step", "time_s", "loss", "measured", "overhead_s", "loss_not_finite")
 
@@ -67,7 +70,9 @@ def _heads(name: str, run_dir: Path) -> None:
     frame = READER.table(run_dir, metric.table)
     if not _has_rows(frame, metric.table):
         return
-    layer = st.selectbox("Layer", layer_order([str(x) for x in frame["layer"].unique()]), key="heads-layer")
+    layer = _choice(
+        st, "Layer", layer_order([str(x) for x in frame["layer"].unique()]), _worst(run_dir)[0], "heads-layer"
+    )
     figure = head_lines_figure(
         frame[frame["layer"] == layer], layer, metric, uirevision=f"{name} {layer} {metric.column}"
     )
@@ -79,11 +84,11 @@ def _spectrum(name: str, run_dir: Path) -> None:
     if not _has_rows(frame, "spectra"):
         return
     left, right = st.columns(2)
-    layer = left.selectbox(
-        "Layer", layer_order([str(x) for x in frame["layer"].unique()]), key="spectrum-layer"
-    )
+    worst_layer, worst_head = _worst(run_dir)
+    layers = layer_order([str(layer) for layer in frame["layer"].unique()])
+    layer = _choice(left, "Layer", layers, worst_layer, "spectrum-layer")
     heads = sorted(int(head) for head in frame.loc[frame["layer"] == layer, "head"].unique())
-    head = right.selectbox("Head", heads, key="spectrum-head")
+    head = _choice(right, "Head", heads, worst_head if layer == worst_layer else None, "spectrum-head")
     quantity = left.segmented_control(
         "Quantity", ["singular values", "share of energy"], default="singular values", key="spectrum-quantity"
     )
@@ -172,6 +177,20 @@ _SECTIONS: dict[str, Callable[[str, Path], None]] = {
 
 def _metric(key: str) -> HeadMetric:
     return st.selectbox("Metric", HEAD_METRICS, format_func=lambda metric: metric.label, key=key)
+
+
+def _worst(run_dir: Path) -> tuple[str | None, int | None]:
+    """The layer and head of the worst finding that names any: what a person looks for first."""
+    named = (finding for finding in READER.report(run_dir).findings if finding.layer is not None)
+    return next(((finding.layer, finding.head) for finding in named), (None, None))
+
+
+def _choice(place: Any, label: str, options: list[T], first: T | None, key: str) -> T:  # noqa: ANN401 - Streamlit's
+    """A select box that starts at `first`, where that is an option, and then keeps what a person chose."""
+    if key not in st.session_state and first in options:
+        st.session_state[key] = first
+    chosen: T = place.selectbox(label, options, key=key)
+    return chosen
 
 
 def _step(steps: list[int], *, live: bool) -> int:

@@ -35,7 +35,7 @@ def render(name: str, run_dir: Path, *, allow_control: bool, has_list: bool) -> 
     refresh_s = {"running": LIVE_REFRESH_S, "stalled": STALLED_REFRESH_S}.get(state)
     st.fragment(_summary, run_every=refresh_s)(name, run_dir, state, has_list=has_list)
     if allow_control and refresh_s is not None:
-        st.fragment(steering.render, run_every=refresh_s)(name, run_dir)
+        st.fragment(steering.render, run_every=refresh_s)(run_dir)
     st.fragment(run_details.render, run_every=refresh_s)(name, run_dir)
 
 

@@ -1,6 +1,6 @@
 """The control panel of a live run: a form into its mailbox, and what the run itself answered."""
 
-import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,10 @@ _ANSWERS_SHOWN = 5
 _BOUND = "spectral-bound"
 
 
-def render(name: str, run_dir: Path) -> None:
+def render(run_dir: Path) -> None:
     """Draws the panel.
 
     Args:
-        name: the run's name, for the command lines shown.
         run_dir: its directory.
     """
     with st.expander("Control", expanded=True, key="control-panel"):
@@ -36,20 +35,20 @@ def render(name: str, run_dir: Path) -> None:
             key="control-tau",
         )
         if arm_column.button("Arm spectral bound", key="control-arm", type="primary", width="stretch"):
-            _send(name, run_dir, _BOUND, {"tau": tau})
+            _send(run_dir, _BOUND, {"tau": tau})
         if disarm_column.button("Disarm", key="control-disarm", width="stretch"):
-            _send(name, run_dir, "disarm", {"name": _BOUND})
+            _send(run_dir, "disarm", {"name": _BOUND})
         _answers(run_dir)
 
 
-def _send(name: str, run_dir: Path, command: str, arguments: dict[str, Any]) -> None:
+def _send(run_dir: Path, command: str, arguments: dict[str, Any]) -> None:
     try:
         identity = send(run_dir, command, arguments)
     except DiagnosticsError as error:
         st.error(str(error))
         return
     st.session_state.setdefault(_SENT, []).append(
-        (str(run_dir), identity, as_typed(command, arguments, name))
+        (str(run_dir), identity, as_typed(command, arguments, shlex.quote(str(run_dir))))
     )
 
 
@@ -78,7 +77,7 @@ def _answers(run_dir: Path) -> None:
 
 
 def answer(record: dict[str, Any]) -> str:
-    """`applied at step 120, before: none, after: tau 0.01`, from a record of the run's journal."""
+    """`applied at step 120; before: armed no; after: armed yes, tau 0.01`, from a record of the run's journal."""
     words = [str(record.get("status"))]
     if record.get("step") is not None:
         words[0] += f" at step {record['step']:,}"
@@ -87,10 +86,12 @@ def answer(record: dict[str, Any]) -> str:
         for key in ("before", "after", "reason")
         if record.get(key) not in (None, "")
     ]
-    return ", ".join(words)
+    return "; ".join(words)
 
 
 def _short(value: object) -> str:
     if isinstance(value, dict):
-        return " ".join(f"{key} {_short(item)}" for key, item in value.items()) or "none"
-    return f"{value:g}" if isinstance(value, float) and math.isfinite(value) else str(value)
+        return ", ".join(f"{key} {_short(item)}" for key, item in value.items()) or "none"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from .lines import curve_trace, limit_per_line
-from .step_charts import add_tau_lines
+from .overlays import add_tau_lines
 from .style import BLACK, axis, legend_below, line_style, log_axis, new_figure
 from .summary import TauSpan
 

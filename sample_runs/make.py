@@ -45,7 +45,10 @@ def main() -> None:
             expected[run.name] = {
                 "status": report.status,
                 "findings": [
-                    {key: finding.to_dict()[key] for key in ("kind", "severity", "layer", "head", "first_step", "last_step")}
+                    {
+                        key: finding.to_dict()[key]
+                        for key in ("kind", "severity", "layer", "head", "first_step", "last_step")
+                    }
                     for finding in report.findings
                 ],
             }

@@ -16,6 +16,9 @@ from diagnostics.attach.site import Site
 from diagnostics.record.recorder import Recorder
 from diagnostics.store.read import Run, open_run
 
+# Small matrices are slower with more, and the machine is shared with other tests.
+torch.set_num_threads(1)
+
 Array = NDArray[np.float64]
 
 

@@ -5,6 +5,9 @@ from torch import Tensor, nn
 
 from diagnostics.demo.gpt import CausalSelfAttention, GPTShape
 
+# Small matrices are slower with more, and the machine is shared with other tests.
+torch.set_num_threads(1)
+
 WIDTH, VOCABULARY, CONTEXT = 16, 31, 6
 
 

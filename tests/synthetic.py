@@ -46,7 +46,15 @@ def manifest(run_id: str, **changes: Any) -> dict[str, Any]:
         "config": {"lr": 3e-3},
         "model": {"class": "GPT", "parameters": 1000},
         "sites": [
-            {"name": name, "heads": HEADS, "kv_heads": HEADS, "head_dim": 4, "scale": None, "layout": "fused", "flags": []}
+            {
+                "name": name,
+                "heads": HEADS,
+                "kv_heads": HEADS,
+                "head_dim": 4,
+                "scale": None,
+                "layout": "fused",
+                "flags": [],
+            }
             for name in LAYERS
         ],
         "skipped": {},
@@ -57,7 +65,9 @@ def manifest(run_id: str, **changes: Any) -> dict[str, Any]:
     }
 
 
-def write_run(root: Path, name: str = "run", *, steps: int = 100, every: int = 10, collapse: bool = False, **info: Any) -> Path:
+def write_run(
+    root: Path, name: str = "run", *, steps: int = 100, every: int = 10, collapse: bool = False, **info: Any
+) -> Path:
     """A run of `steps` steps; with `collapse` entropy falls, SEC and logits rise from the middle on, the loss stalls."""
     run_dir = root / name
     run_dir.mkdir(parents=True)
@@ -70,28 +80,61 @@ def write_run(root: Path, name: str = "run", *, steps: int = 100, every: int = 1
         measured = step % every == 0
         loss = 5.5 * np.exp(-3 * min(done, 0.3 if collapse else 1.0)) + 0.01 * rng.standard_normal()
         step_rows.append(
-            {"step": step, "time_s": start + step, "loss": float(loss), "lr": 3e-3, "grad_norm": 1.0 if measured else None,
-             "measured": measured, "overhead_s": 1e-3 if measured else 1e-6}
+            {
+                "step": step,
+                "time_s": start + step,
+                "loss": float(loss),
+                "lr": 3e-3,
+                "grad_norm": 1.0 if measured else None,
+                "measured": measured,
+                "overhead_s": 1e-3 if measured else 1e-6,
+            }
         )
         if not measured:
             continue
         for layer in LAYERS:
             for head in range(HEADS):
                 attention_rows.append(
-                    {"step": step, "layer": layer, "head": head, "entropy": 3.5 * (1 - bad) + 0.02, "entropy_min": 2.0 * (1 - bad),
-                     "entropy_frac": 0.9 * (1 - bad) + 0.01, "entropy_bound": 0.5 * (1 - bad), "max_logit": 1.0 + 150.0 * bad,
-                     "rank_frac": 0.5 * (1 - bad) + 0.03, "rows": 256}
+                    {
+                        "step": step,
+                        "layer": layer,
+                        "head": head,
+                        "entropy": 3.5 * (1 - bad) + 0.02,
+                        "entropy_min": 2.0 * (1 - bad),
+                        "entropy_frac": 0.9 * (1 - bad) + 0.01,
+                        "entropy_bound": 0.5 * (1 - bad),
+                        "max_logit": 1.0 + 150.0 * bad,
+                        "rank_frac": 0.5 * (1 - bad) + 0.03,
+                        "rows": 256,
+                    }
                 )
                 sigma = np.array([1.0 + 30 * bad, 0.9, 0.8, 0.7])
                 energy = np.cumsum(sigma**2) / np.sum(sigma**2)
                 spectra_rows.append(
-                    {"step": step, "layer": layer, "head": head, "sigma1": sigma[0], "frobenius": float(np.linalg.norm(sigma)),
-                     "sec_1": energy[0], "sec_4": 1.0, "sec_10": 1.0, "stable_rank": 1 / energy[0],
-                     "effective_rank": 4 * (1 - bad) + 1 * bad, "singular_values": sigma.tolist()}
+                    {
+                        "step": step,
+                        "layer": layer,
+                        "head": head,
+                        "sigma1": sigma[0],
+                        "frobenius": float(np.linalg.norm(sigma)),
+                        "sec_1": energy[0],
+                        "sec_4": 1.0,
+                        "sec_10": 1.0,
+                        "stable_rank": 1 / energy[0],
+                        "effective_rank": 4 * (1 - bad) + 1 * bad,
+                        "singular_values": sigma.tolist(),
+                    }
                 )
         update_rows += [
-            {"step": step, "parameter": parameter, "sigma1": 1.0 + done, "update_sigma1": 0.01, "ratio": 0.01 / (1 + done),
-             "frobenius_ratio": 0.01, "scale": 1.0}
+            {
+                "step": step,
+                "parameter": parameter,
+                "sigma1": 1.0 + done,
+                "update_sigma1": 0.01,
+                "ratio": 0.01 / (1 + done),
+                "frobenius_ratio": 0.01,
+                "scale": 1.0,
+            }
             for parameter in PARAMETERS
         ]
     if steps:
@@ -103,8 +146,18 @@ def write_run(root: Path, name: str = "run", *, steps: int = 100, every: int = 1
         write_table(
             run_dir,
             "events",
-            [{"step": (steps // 2) // every * every, "time_s": start, "kind": "alert", "severity": "critical", "layer": LAYERS[0],
-              "head": 1, "message": "attention entropy is collapsing", "data": json.dumps({"kind": "entropy-collapse"})}],
+            [
+                {
+                    "step": (steps // 2) // every * every,
+                    "time_s": start,
+                    "kind": "alert",
+                    "severity": "critical",
+                    "layer": LAYERS[0],
+                    "head": 1,
+                    "message": "attention entropy is collapsing",
+                    "data": json.dumps({"kind": "entropy-collapse"}),
+                }
+            ],
         )
     (run_dir / MANIFEST).write_text(json.dumps(manifest(name, **{"steps": steps, "every": every, **info})))
     return run_dir

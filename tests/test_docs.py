@@ -29,7 +29,11 @@ def test_the_python_blocks_run_one_after_the_other_in_an_empty_folder(tmp_path: 
     script = tmp_path / "readme.py"
     script.write_text("\n".join(blocks("python")), encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(script)], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-W", "error", str(script)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "first" / "run.json").exists()
@@ -39,7 +43,11 @@ def test_the_python_blocks_run_one_after_the_other_in_an_empty_folder(tmp_path: 
 def test_a_command_of_the_readme_exists(command: str) -> None:
     verb = command.split()[1]
     done = subprocess.run(
-        [sys.executable, "-m", "diagnostics", verb, "--help"], cwd="/", capture_output=True, text=True, check=False
+        [sys.executable, "-m", "diagnostics", verb, "--help"],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0
     for option in re.findall(r"--[a-z-]+", command):
@@ -63,5 +71,7 @@ def test_the_report_in_the_readme_is_what_the_command_prints() -> None:
 
 
 def test_every_file_the_readme_points_at_is_there() -> None:
-    for name in re.findall(r"`((?:diagnostics|app|cli|sample_runs|docs)/[^`]*)`", README) + re.findall(r"\]\((docs/[^)]+)\)", README):
+    for name in re.findall(r"`((?:diagnostics|app|cli|sample_runs)/[^`]*)`", README) + re.findall(
+        r"\]\((sample_runs/[^)]+)\)", README
+    ):
         assert (ROOT / name).exists(), name

@@ -23,9 +23,10 @@ def test_a_sample_is_judged_as_written_beside_it(name: str) -> None:
     report = assess(SAMPLES / name)
     found = [finding.to_dict() for finding in report.findings]
     assert report.status == EXPECTED[name]["status"]
-    assert [{key: f[key] for key in expected} for f, expected in zip(found, EXPECTED[name]["findings"], strict=True)] == (
-        EXPECTED[name]["findings"]
-    )
+    assert [
+        {key: f[key] for key in expected}
+        for f, expected in zip(found, EXPECTED[name]["findings"], strict=True)
+    ] == (EXPECTED[name]["findings"])
 
 
 def test_the_failing_arm_is_flagged_and_the_healthy_and_the_bounded_are_not() -> None:

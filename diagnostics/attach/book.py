@@ -54,7 +54,9 @@ class SiteBook:
         self._met_unprobed = False
 
     def skip(self, path: str, reason: str) -> None:
-        """Leaves out the site at or around a module path."""
+        """Leaves out the site at or around a module path; nothing where there is no such module."""
+        if path not in self._modules:
+            return
         around = [name for name in self._known if path == name or path.startswith(f"{name}.") or not name]
         self.skipped[max(around, key=len, default=path)] = reason
 

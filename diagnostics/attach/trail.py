@@ -24,10 +24,19 @@ PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
         torch.baddbmm, torch.Tensor.baddbmm, torch.einsum,
     }
 )  # fmt: skip
-SOFTMAXES: frozenset[Callable[..., Any]] = frozenset({torch.softmax, torch.Tensor.softmax, functional.softmax})
+SOFTMAXES: frozenset[Callable[..., Any]] = frozenset(
+    {torch.softmax, torch.Tensor.softmax, functional.softmax}
+)
 _SUBTRACTIONS = frozenset({torch.sub, torch.Tensor.sub, torch.Tensor.__sub__, torch.subtract})
 _ADDITIONS = frozenset(
-    {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.add_, torch.Tensor.__iadd__, torch.Tensor.__radd__}
+    {
+        torch.add,
+        torch.Tensor.add,
+        torch.Tensor.__add__,
+        torch.Tensor.add_,
+        torch.Tensor.__iadd__,
+        torch.Tensor.__radd__,
+    }
 )
 _TANHS = frozenset({torch.tanh, torch.Tensor.tanh, functional.tanh})
 _MATRIX = 2
@@ -60,7 +69,9 @@ class LogitTrail:
     def clear(self) -> None:
         self._origins.clear()
 
-    def saw(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: object) -> None:
+    def saw(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: object
+    ) -> None:
         """Takes every torch function in order: products begin a trail, others may carry one on."""
         if not isinstance(result, Tensor) or result.ndim <= _MATRIX:
             return
@@ -81,7 +92,9 @@ class LogitTrail:
         found = self._origins.get(id(tensor))
         return found[1] if found is not None and found[0]() is tensor else None
 
-    def call_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], heads: int | None) -> AttentionCall | None:
+    def call_of(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], heads: int | None
+    ) -> AttentionCall | None:
         """The attention call that a softmax is, None where its input is no product of two activations.
 
         Args:
@@ -94,7 +107,9 @@ class LogitTrail:
             return None
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
         if dim not in (-1, logits.ndim - 1):
-            raise UnsupportedCallError(f"the softmax runs over dimension {dim}, not over the keys in the last")
+            raise UnsupportedCallError(
+                f"the softmax runs over dimension {dim}, not over the keys in the last"
+            )
         true = logits.detach() if origin.shift is None else logits.detach() + origin.shift.detach()
         return AttentionCall(
             q_bhtk=_by_heads(origin.q, heads),
@@ -122,12 +137,18 @@ class LogitTrail:
         if func in _SUBTRACTIONS and args[0] is source and other.shape[-1] == 1:
             shift = other if origin.shift is None else origin.shift + other
             return replace(origin, shift=shift.detach())
-        if func in _ADDITIONS and other.is_floating_point() and bool(((other > _HIDDEN) & (other != 0)).any()):
+        if (
+            func in _ADDITIONS
+            and other.is_floating_point()
+            and bool(((other > _HIDDEN) & (other != 0)).any())
+        ):
             return replace(origin, flags=origin.flags | {"bias"})
         return origin
 
 
-def _operands(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+def _operands(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor] | None:
     """q and k of a product of two activations, (..., T, K) and (..., S, K)."""
     if func is torch.einsum:
         return _einsum_operands(args)
@@ -181,7 +202,11 @@ def _still_logits(result: Tensor, source: Tensor) -> bool:
     """Whether a result can be the same logits: as many rows and keys, or a few keys more (sinks)."""
     rows, keys = source.shape[-2:]
     extra = result.shape[-1] - keys
-    return result.shape[-2] == rows and 0 <= extra <= 1 and result.numel() == source.numel() // keys * (keys + extra)
+    return (
+        result.shape[-2] == rows
+        and 0 <= extra <= 1
+        and result.numel() == source.numel() // keys * (keys + extra)
+    )
 
 
 def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:

@@ -103,7 +103,9 @@ def _start_worker(news: "Queue[Message]") -> None:
 def _train(arm: Arm, run_dir: Path, steps: int, seed: int) -> None:
     news = _news
     assert news is not None, "the pool starts its workers with _start_worker"
-    train_arm(arm, run_dir, steps=steps, seed=seed, on_step=lambda step, loss: news.put((arm.name, step, loss)))
+    train_arm(
+        arm, run_dir, steps=steps, seed=seed, on_step=lambda step, loss: news.put((arm.name, step, loss))
+    )
 
 
 def _make_room(run_dir: Path) -> None:

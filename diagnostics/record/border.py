@@ -46,10 +46,7 @@ class Border:
 
     def run_last(self, function: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> bool:
         """As `run`, but also after everything was switched off: to save what can still be saved."""
-        was_broken, self.broken = self.broken, False
-        done = self._contain(None, function, *args, **kwargs)
-        self.broken = self.broken or was_broken
-        return done
+        return self._try(None, function, *args, **kwargs)
 
     def note(self, message: str) -> None:
         """Tells the user something once without switching anything off."""
@@ -60,8 +57,11 @@ class Border:
     def _contain(
         self, culprit: str | None, function: Callable[P, None], *args: P.args, **kwargs: P.kwargs
     ) -> bool:
-        if self.broken:
-            return False
+        return False if self.broken else self._try(culprit, function, *args, **kwargs)
+
+    def _try(
+        self, culprit: str | None, function: Callable[P, None], *args: P.args, **kwargs: P.kwargs
+    ) -> bool:
         try:
             function(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - the border: whatever it is, training goes on

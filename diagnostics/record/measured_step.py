@@ -10,7 +10,7 @@ from diagnostics.attach.sampling import observed_rows
 from diagnostics.attach.site import Site
 from diagnostics.measure.attention import RowStatistics, observe_rows
 from diagnostics.measure.spectra import HeadSpectra, head_spectra
-from diagnostics.record.update_watch import GroupUpdates
+from diagnostics.record.update_sizes import GroupUpdates
 
 
 @dataclass

@@ -28,13 +28,15 @@ from diagnostics.record.claim import check_arguments, claim_run_dir, torch_optim
 from diagnostics.record.measured_step import MeasuredStep
 from diagnostics.record.schedule import is_measured, next_measured
 from diagnostics.record.stream import Handed, Stream
-from diagnostics.record.update_watch import UpdateWatch
+from diagnostics.record.update_sizes import UpdateSizes
+from diagnostics.record.update_watch import CapturedUpdate, UpdateWatch
 from diagnostics.store.format import TABLES
 from diagnostics.store.write import Worker
 
 Optimizer = torch.optim.Optimizer
 _OWN_COLUMNS = frozenset(column.name for column in TABLES["steps"]) - {"loss", "lr", "grad_norm"}
 _LARGEST_INT = 2**1000
+_SLOT_WAIT_S = 1.0
 
 
 class Recorder:
@@ -95,10 +97,18 @@ class Recorder:
             contained_for=self._contained_for,
         )
         self._updates = UpdateWatch(self._optimizers, self._names)
+        self._update_sizes = UpdateSizes()
+        self._update_slot = threading.Semaphore(1)
         self.run_dir, manifest = claim_run_dir(
             run_dir, model=model, config=config, every=every, control=control, sites=self._book.sites
         )
-        self._stream = Stream(self.run_dir, manifest, detectors=detectors, on_commands=self._wake)
+        self._stream = Stream(
+            self.run_dir,
+            manifest,
+            detectors=detectors,
+            on_commands=self._wake,
+            contained_for=self._border.run_for,
+        )
         self._controller = Controller(
             self.run_dir,
             manifest["run_id"],
@@ -115,7 +125,7 @@ class Recorder:
         self._seen: set[str] = set()
         self._seen_before_forward: set[str] = set()
         self._faulty: set[str] = set()
-        self._warned_blind = False
+        self._checked_for_blindness = False
         self._timing = False
         self._overhead_s = 0.0
         self._overhead_in_step_s = 0.0
@@ -171,11 +181,12 @@ class Recorder:
         if self._disabled:
             return {}
         done: dict[str, Any] = {}
-        # Detector state belongs to the worker: it is taken there, after all that was handed over so far.
-        self._on_worker(lambda: done.update(stream=self._stream.state_dict()))
+        # These belong to the worker: they are taken there, after all that was handed over so far.
+        self._on_worker(
+            lambda: done.update(stream=self._stream.state_dict(), updates=self._update_sizes.state_dict())
+        )
         return {
             "step": self._step,
-            "updates": self._updates.state_dict(),
             "control": self._controller.state_dict(),
             **done,
         }
@@ -185,10 +196,10 @@ class Recorder:
         if self._disabled or not state:
             return
         self._step = int(state["step"])
-        self._updates.load_state_dict(state["updates"])
         self._controller.load_state_dict(state["control"])
         if "stream" in state:
             self._on_worker(lambda: self._stream.load_state_dict(state["stream"]))
+            self._on_worker(lambda: self._update_sizes.load_state_dict(state["updates"]))
         self._disarm()
         self._prepare()
 
@@ -209,8 +220,9 @@ class Recorder:
         step = self._step
         due = step >= self._due
         measured = self._measured if due else None
+        captured: list[CapturedUpdate] = []
         if measured is not None:
-            measured.updates = self._updates.measure()
+            captured = self._capture_updates(step)
             if self._updates.grad_norm is not None:
                 scalars.setdefault("grad_norm", self._updates.grad_norm)
         lr = scalars.pop("lr", None)
@@ -229,7 +241,7 @@ class Recorder:
         self._overhead_in_step_s = 0.0
         if due:
             boundary_s = time.perf_counter()
-            self._cross_boundary(step, measured)
+            self._cross_boundary(step, measured, captured)
             # The row of this step is out already, so what the boundary took is told with the next one.
             self._overhead_in_step_s = time.perf_counter() - boundary_s
 
@@ -258,11 +270,24 @@ class Recorder:
             return False
         return True
 
-    def _cross_boundary(self, step: int, measured: MeasuredStep | None) -> None:
+    def _capture_updates(self, step: int) -> list[CapturedUpdate]:
+        # Copies of one measured step wait for the worker at most; where it is behind, it is given a little time.
+        if not self._update_slot.acquire(timeout=_SLOT_WAIT_S):
+            message = f"the updates of step {step} were not measured: the writer is busy"
+            self._stream.announce("warning", "warning", message, {"step": step})
+            return []
+        captured = self._updates.capture()
+        if not captured:
+            self._update_slot.release()
+        return captured
+
+    def _cross_boundary(
+        self, step: int, measured: MeasuredStep | None, captured: list[CapturedUpdate]
+    ) -> None:
         if measured is not None:
             self._disarm()
             self._report_blindness(measured)
-            self._hand_over(step, measured)
+            self._hand_over(step, measured, captured)
         self._controller.apply_waiting(step + 1)
         self._prepare()
 
@@ -294,27 +319,42 @@ class Recorder:
         self._observer.disarm()
         self._updates.disarm()
 
-    def _hand_over(self, step: int, measured: MeasuredStep) -> None:
+    def _hand_over(self, step: int, measured: MeasuredStep, captured: list[CapturedUpdate]) -> None:
         sites = [site.to_dict() for site in self._book.sites]
         skipped = dict(self._book.skipped)
         overhead = self.overhead
         left_out = dict(self._updates.left_out)
 
+        slot_held = bool(captured)
+        if any(one.before_mn.device.type != "cpu" for one in captured):
+            # On a device the training thread only queues this, in the order of its own stream.
+            measured.updates = self._update_sizes.measure(captured)
+            captured.clear()
+
         def job() -> None:
+            try:
+                measured.updates += self._update_sizes.measure(captured)
+            finally:
+                captured.clear()
+                if slot_held:
+                    self._update_slot.release()
             self._stream.update_manifest(skipped=skipped, overhead=overhead, updates_left_out=left_out)
             self._stream.close_measured(step, measured, sites)
 
         if not self._worker.offer(job):
+            if slot_held:
+                self._update_slot.release()
             self._stream.announce(
                 "warning", "warning", f"step {step} was not stored: the disk cannot keep up", {"step": step}
             )
 
     def _report_blindness(self, measured: MeasuredStep) -> None:
-        if measured.attention or self._warned_blind:
-            if measured.attention:
-                self._book.end_step()
+        if measured.attention:
+            self._book.end_step()
+        if measured.attention or self._faulty or self._checked_for_blindness:
+            self._checked_for_blindness = True
             return
-        self._warned_blind = True
+        self._checked_for_blindness = True
         message = (
             "no attention call was observed in the first measured step: entropy and spectra are not recorded. Either no "
             "training forward of the attached model ran (attach to the module you call), or it ran without gradients "
@@ -387,7 +427,7 @@ class Recorder:
         self._stream.record_fault(fault.where, fault.error, fault.trace)
 
     def _leave_out(self, path: str, fault: Fault) -> None:
-        """After a fault at one attention site: that site is marked and left out, the rest goes on."""
+        """After a fault at one attention site, or in the detectors: it is marked and left out, the rest goes on."""
         self._faulty.add(path)
         self._book.skip(path, fault.error)
         self._stream.record_fault(fault.where, fault.error, fault.trace)
@@ -398,9 +438,18 @@ class Recorder:
             return self._border.run(job)
         if not self._salvaged:
             self._salvaged = True
-            self._border.run_last(self._stream.salvage_rows)
-            self._border.run_last(self._stream.write_manifest)
+            self._salvage()
         return self._closed and self._border.run_last(job)
+
+    def _salvage(self) -> None:
+        # Each by itself: whatever broke, the others may still work.
+        for attempt in (self._stream.absorb, self._stream.flush, self._stream.write_manifest):
+            self._border.run_last(attempt)
+
+    def _finish(self, state: str, error: str | None) -> None:
+        if not self._border.run(self._stream.finish_rows):
+            self._salvage()
+        self._border.run_last(self._stream.finish, state, error)
 
     def _on_worker(self, job: Callable[[], None]) -> None:
         """Has a job run on the worker's thread and waits for it."""
@@ -423,7 +472,7 @@ class Recorder:
         self._observer.disarm()
         self._updates.disarm()
         self._stream.update_manifest(overhead=self.overhead)
-        self._worker.stop(partial(self._stream.finish, state, error))
+        self._worker.stop(partial(self._finish, state, error))
         self._controller.close()
 
 

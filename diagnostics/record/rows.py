@@ -9,7 +9,7 @@ import torch
 from diagnostics.measure.attention import RowStatistics
 from diagnostics.measure.spectra import HeadSpectra
 from diagnostics.record.measured_step import MeasuredStep
-from diagnostics.record.update_watch import GroupUpdates
+from diagnostics.record.update_sizes import GroupUpdates
 
 Row = dict[str, Any]
 

@@ -48,10 +48,17 @@ class Stream:
         detectors: whether to run the detectors live.
         controller: polled for commands, told of alerts; None without a control channel.
         on_commands: called when commands wait for the next step boundary.
+        contained_for: runs code of a named culprit; False where it failed.
     """
 
     def __init__(
-        self, run_dir: Path, manifest: Manifest, *, detectors: bool, on_commands: Callable[[], None]
+        self,
+        run_dir: Path,
+        manifest: Manifest,
+        *,
+        detectors: bool,
+        on_commands: Callable[[], None],
+        contained_for: Callable[..., bool],
     ) -> None:
         self._run_dir = run_dir
         self._manifest = manifest
@@ -59,6 +66,7 @@ class Stream:
         self._monitor = Monitor() if detectors else None
         self._frames = FrameBuilder()
         self._on_commands = on_commands
+        self._contained_for = contained_for
         self.controller: Controller | None = None
         self.handed: deque[Handed] = deque()
         self._events: deque[Row] = deque()
@@ -85,7 +93,7 @@ class Stream:
     def close_measured(self, step: int, measured: MeasuredStep, sites: list[dict[str, object]]) -> None:
         """Rows and findings of a measured step, after all steps before it."""
         self._manifest["sites"] = sites
-        self._absorb(up_to=step)
+        self.absorb(up_to=step)
         attention, spectra, updates = (
             attention_rows(step, measured),
             spectra_rows(step, measured),
@@ -94,13 +102,11 @@ class Stream:
         self._writer.add("attention", attention)
         self._writer.add("spectra", spectra)
         self._writer.add("updates", updates)
-        if self._monitor is not None:
-            self._raise_alerts(self._monitor.feed(self._frames.close(step, attention, spectra, updates)))
-            self._manifest["status"] = self._monitor.status()
+        self._watch(step, attention, spectra, updates)
 
     def idle(self) -> None:
         """What is done every fraction of a second: rows, commands, files, heartbeat."""
-        self._absorb()
+        self.absorb()
         if self.controller is not None:
             self.controller.poll()
             if self.controller.waiting:
@@ -110,18 +116,20 @@ class Stream:
         # Files of a long run grow longer: whoever watches an hour-old run can wait half a minute.
         due_s = min(_FLUSH_AT_MOST_S, max(_FLUSH_AFTER_S, (now_s - self._started_s) / 60.0))
         if self._writer.pending and (now_s - self._flushed_s > due_s or self._writer.pending > _FLUSH_ROWS):
-            self._flush()
+            self.flush()
         if now_s - self._beaten_s > HEARTBEAT_PERIOD_S:
             self.write_manifest()
 
-    def finish(self, state: str, error: str | None) -> None:
-        """The last word: everything flushed, the state in the manifest."""
-        self._absorb()
-        if self._monitor is not None and self._frames.open:
-            self._raise_alerts(self._monitor.feed(self._frames.close(self.step)))
-            self._manifest["status"] = self._monitor.status()
+    def finish_rows(self) -> None:
+        """Flushes everything."""
+        self.absorb()
+        if self._frames.open:
+            self._watch(self.step)
         self._take_events()
-        self._flush()
+        self.flush()
+
+    def finish(self, state: str, error: str | None) -> None:
+        """The last word: how the run ended."""
         self._manifest |= {"state": state, "error": error, "ended_s": time.time()}
         self.write_manifest()
 
@@ -132,11 +140,6 @@ class Stream:
             {"where": where, "error": error, "trace": trace},
         ]
         self.announce("fault", "warning", f"{where}: {error}", {"where": where})
-
-    def salvage_rows(self) -> None:
-        """Saves what was recorded before the recorder switched itself off."""
-        self._absorb()
-        self._flush()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -157,7 +160,8 @@ class Stream:
     def update_manifest(self, **changes: Any) -> None:  # noqa: ANN401 - manifest values
         self._manifest |= changes
 
-    def _absorb(self, up_to: int | None = None) -> None:
+    def absorb(self, up_to: int | None = None) -> None:
+        """Makes rows of what was handed over, up to a step."""
         rows: list[Row] = []
         while self.handed and (up_to is None or self.handed[0].step <= up_to):
             handed = self.handed.popleft()
@@ -172,10 +176,22 @@ class Stream:
             }
             row |= {name: _number(value) for name, value in handed.scalars.items()}
             rows.append(row)
-            self._frames.add(row["step"], row["loss"])
+            if self._monitor is not None:
+                self._frames.add(row["step"], row["loss"])
             self.step = handed.step
             self._manifest |= {"steps": handed.step + 1, "last_step_s": handed.time_s}
         self._writer.add("steps", rows)
+
+    def _watch(self, step: int, *tables: list[Row]) -> None:
+        """Shows the detectors what came; should they fail, the run is recorded without them."""
+        if self._monitor is not None and not self._contained_for(
+            "the detectors", self._feed, self._monitor, step, *tables
+        ):
+            self._monitor = None
+
+    def _feed(self, monitor: Monitor, step: int, *tables: list[Row]) -> None:
+        self._raise_alerts(monitor.feed(self._frames.close(step, *tables)))
+        self._manifest["status"] = monitor.status()
 
     def _raise_alerts(self, alerts: list[Finding]) -> None:
         for alert in alerts:
@@ -189,13 +205,14 @@ class Stream:
                     self._on_commands()
 
         if alerts:
-            self._flush()  # whoever watches should not wait for the next flush to be told
+            self.flush()  # whoever watches should not wait for the next flush to be told
 
     def _take_events(self) -> None:
         while self._events:
             self._writer.add("events", [self._events.popleft()])
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Writes every row to disk."""
         self._take_events()
         self._writer.flush()
         self._flushed_s = time.time()

@@ -1,6 +1,6 @@
 """Watching one optimizer step: weights before it, the update it made, the gradient norm it used.
 
-Shape suffixes: N matrices of one shape, m x n.
+Shape suffixes: m x n one matrix; convolutions are flattened.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from diagnostics.measure.sigma1 import largest_singular_value
 from diagnostics.remedies.spectral_bound import active_bounds, takes_closure
 
 WATCHED_BYTES = 2**30
@@ -19,14 +18,13 @@ WATCHED_BYTES = 2**30
 
 
 @dataclass(frozen=True)
-class GroupUpdates:
-    """Updates of the matrices of one shape; tensors are (N,)."""
+class CapturedUpdate:
+    """One matrix's step: weight before it and update, (m, n), and what the spectral bound multiplied it by."""
 
-    parameters: tuple[str, ...]
-    sigma1_n: Tensor
-    update_sigma1_n: Tensor
-    frobenius_ratio_n: Tensor
-    scale_n: Tensor
+    parameter: str
+    before_mn: Tensor
+    update_mn: Tensor
+    scale: Tensor
 
 
 class UpdateWatch:
@@ -50,7 +48,6 @@ class UpdateWatch:
         self._handles: list[RemovableHandle] = []
         self._before: dict[str, tuple[nn.Parameter, Tensor]] = {}
         self._closure_given = False
-        self._vectors: dict[str, tuple[Tensor, Tensor]] = {}
         self.grad_norm: Tensor | None = None
         self.left_out: dict[str, str] = {}
 
@@ -134,57 +131,25 @@ class UpdateWatch:
         self.grad_norm = total if self.grad_norm is None else torch.hypot(self.grad_norm, total)
 
     @torch.no_grad()
-    def measure(self) -> list[GroupUpdates]:
-        """Sizes of the updates made since `arm`; empty where no optimizer stepped."""
-        groups: dict[tuple[object, ...], list[str]] = {}
+    def capture(self) -> list[CapturedUpdate]:
+        """The updates made since `arm`, as copies; empty where no optimizer stepped."""
+        captured = []
         for name, (parameter, before) in self._before.items():
-            if parameter.shape == before.shape and parameter.device == before.device:
-                groups.setdefault((_matrix_shape(before), before.dtype, before.device), []).append(name)
-        return [self._measure_group(names) for names in groups.values()]
+            if parameter.shape != before.shape or parameter.device != before.device:
+                continue
+            wide = torch.promote_types(before.dtype, torch.float32)
+            update = _as_matrix(parameter.detach().to(wide) - before.to(wide))
+            captured.append(CapturedUpdate(name, _as_matrix(before), update, self._scale(parameter)))
+        return captured
 
-    def _measure_group(self, names: list[str]) -> GroupUpdates:
-        before_nmn = torch.stack([_as_matrix(self._before[name][1]) for name in names])
-        after_nmn = torch.stack([_as_matrix(self._before[name][0].detach()) for name in names])
-        wide = torch.promote_types(before_nmn.dtype, torch.float32)
-        before_nmn, after_nmn = before_nmn.to(wide), after_nmn.to(wide)
-        update_nmn = after_nmn - before_nmn
-        widths = (before_nmn.shape[2],)
-        known = [v for name in names if (v := self._vectors.get(name)) is not None and v[0].shape == widths]
-        starts = (
-            (
-                torch.stack([v[0].to(before_nmn) for v in known]),
-                torch.stack([v[1].to(before_nmn) for v in known]),
-            )
-            if len(known) == len(names)
-            else (None, None)
-        )
-        weight = largest_singular_value(before_nmn, starts[0])
-        update = largest_singular_value(update_nmn, starts[1])
-        for position, name in enumerate(names):
-            self._vectors[name] = (weight.vector_bn[position], update.vector_bn[position])
-        ones = torch.ones((), device=before_nmn.device)
-        return GroupUpdates(
-            parameters=tuple(names),
-            sigma1_n=weight.value_b,
-            update_sigma1_n=update.value_b,
-            frobenius_ratio_n=torch.linalg.matrix_norm(update_nmn) / torch.linalg.matrix_norm(before_nmn),
-            scale_n=torch.stack([self._scale(self._before[name][0], ones) for name in names]),
-        )
-
-    def _scale(self, parameter: nn.Parameter, ones: Tensor) -> Tensor:
+    def _scale(self, parameter: nn.Parameter) -> Tensor:
         scales = [
-            scale.to(ones)
+            scale
             for optimizer in self._optimizers
             for bound in active_bounds(optimizer)
             if (scale := bound.scale_of(parameter)) is not None
         ]
-        return torch.stack(scales).prod() if scales else ones
-
-    def state_dict(self) -> dict[str, tuple[Tensor, Tensor]]:
-        return {name: (a.clone(), b.clone()) for name, (a, b) in self._vectors.items()}
-
-    def load_state_dict(self, state: dict[str, tuple[Tensor, Tensor]]) -> None:
-        self._vectors = dict(state)
+        return torch.stack(scales).prod() if scales else torch.ones((), device=parameter.device)
 
 
 def unwrapped(optimizer: object) -> object:

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,7 +82,13 @@ def page(chromium: Browser) -> Iterator[Page]:
     tab.set_default_timeout(WAIT_MS)
     errors: list[str] = []
     tab.on("pageerror", lambda error: errors.append(str(error)))
+    hosts: set[str] = set()
+    tab.on("request", lambda request: hosts.add(urllib.parse.urlsplit(request.url).hostname or ""))
     yield tab
+    # What a page needs comes from its own server: it works offline, and nothing of a run leaves.
+    assert hosts <= {"127.0.0.1", ""}
+    expect(tab.get_by_text("Share chart")).to_have_count(0)
+    expect(tab.locator('.modebar-btn[data-title*="Share"]')).to_have_count(0)
     expect(tab.get_by_test_id("stException")).to_have_count(0)
     tab.close()
     assert errors == []

@@ -1,5 +1,6 @@
 """The figures hold the numbers of the tables they were given, and nothing that was not measured."""
 
+import html
 import math
 from typing import Any
 
@@ -107,6 +108,15 @@ def test_alerts_and_commands_cross_all_rows_and_carry_their_text() -> None:
     assert tuple(spanning.range) == (0, 1)
 
 
+def test_a_long_alert_is_wrapped_and_its_signs_are_no_tags() -> None:
+    message = "sigma1 < tau " * 20
+    text = trace(overview_figure(run(), [Mark(4, "alert", "warning", message)]), "alert (warning)").text[0]
+    lines = text.split("<br>")
+    assert max(len(html.unescape(line)) for line in lines) <= 80
+    assert html.unescape(" ".join(lines)) == message.strip()
+    assert "< tau" not in text
+
+
 def test_a_nan_loss_is_said_in_words() -> None:
     figure = overview_figure(run(loss_not_finite=(NotFinite(7, 9, "NaN"),)))
     assert "loss is NaN from step 7" in texts(figure)
@@ -117,6 +127,12 @@ def test_without_a_bound_the_tau_line_is_a_dashed_reference() -> None:
     reference = trace(overview_figure(run()), "tau 0.01 (not armed)")
     assert reference.line.dash == "dash"
     assert list(reference.y) == [0.01, 0.01]
+
+
+def test_a_bound_that_fired_unrecorded_is_not_called_absent() -> None:
+    names = [str(one.name) for one in overview_figure(run(bound_fired=True)).data]
+    assert "tau 0.01 (reference, the tau of the bound is not recorded)" in names
+    assert not any("not armed" in name for name in names)
 
 
 def test_an_armed_bound_is_drawn_from_its_step_on() -> None:

@@ -13,7 +13,6 @@ from streamlit.testing.v1 import AppTest
 from synthetic import LAYERS, manifest, write_run, write_table
 
 from diagnostics.app.data import Reader
-from diagnostics.app.launch import dashboard_command
 from diagnostics.app.wording import verdict
 from diagnostics.control.mailbox import Command, take_commands, write_journal
 from diagnostics.detect.finding import Finding
@@ -209,7 +208,7 @@ def test_findings_are_shown_worst_first_with_evidence_and_advice(
         head=1,
         first_step=50,
         evidence={"entropy": 0.3125, "entropy_healthy": [2.0, 3.5], "sec_1": 0.97},
-        advice="Arm the bound.",
+        advice="Arm the bound: `diagnostics control RUN spectral-bound --tau 0.01`.",
         status="collapsed",
         message="Attention entropy has collapsed in blocks.0.attn head 1.",
     )
@@ -233,8 +232,8 @@ def test_findings_are_shown_worst_first_with_evidence_and_advice(
     assert said.index("entropy-collapse in blocks.0.attn head 1, since step 50") < said.index(
         "loss-stall, since step 70"
     )
-    assert "entropy 0.3125, healthy [2, 3.5]" in said
-    assert "Arm the bound." in said
+    assert "entropy 0.3125 (healthy: [2, 3.5]) · sec_1 0.97" in said
+    assert f"Arm the bound: `diagnostics control {tmp_path / 'sick'} spectral-bound --tau 0.01`." in said
     assert "about 120 steps (between 80 and 200), confidence 0.75" in said
     assert "no optimizer was given" in said
 
@@ -245,6 +244,34 @@ def test_the_step_slider_moves_the_heat_map(tmp_path: Path, open_page: Open) -> 
     assert "at step 90" in charts(page)[1]
     page.select_slider(key="heat-step").set_value(20).run()
     assert "at step 20" in charts(page)[1]
+
+
+def test_another_metric_with_other_steps_shows_a_step_of_its_own(tmp_path: Path, open_page: Open) -> None:
+    run_dir = write_run(tmp_path, "run")
+    rows = [{"step": 95, "layer": LAYERS[0], "head": 0, "sec_1": 0.5}]
+    write_table(run_dir, "spectra", rows, number=1)
+    page = open_page(run="run")
+    page.selectbox(key="heat-metric").select_index(6).run()
+    page.select_slider(key="heat-step").set_value(95).run()
+    assert "(share of energy) at step 95" in charts(page)[1]
+    page.selectbox(key="heat-metric").select_index(0).run()
+    assert not page.exception
+    assert "attention entropy (nats) at step 90" in charts(page)[1]
+
+
+def test_the_spectrum_starts_at_the_worst_head(
+    tmp_path: Path, open_page: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path, "sick")
+    finding = Finding("entropy-collapse", "critical", LAYERS[1], 1, 50, status="collapsed")
+    monkeypatch.setattr(
+        Reader, "report", lambda _reader, _run_dir: Report("sick", "collapsed", 99, (finding,))
+    )
+    page = section(open_page(run="sick"), "Singular spectrum")
+    assert f"{LAYERS[1]} head 1" in charts(page)[1]
+    page.selectbox(key="spectrum-layer").set_value(LAYERS[0]).run()
+    assert not page.exception
+    assert f"{LAYERS[0]} head" in charts(page)[1]
 
 
 def test_a_live_run_shows_its_new_steps(tmp_path: Path, open_page: Open) -> None:
@@ -306,10 +333,10 @@ def test_a_command_is_sent_and_shown_as_done_only_when_the_run_says_so(
     assert isinstance(command, Command)
     assert (command.command, command.arguments) == ("spectral-bound", {"tau": 0.02})
     record: dict[str, Any] = {"id": command.id, "command": command.command, "status": "applied", "step": 120}
-    write_journal(run_dir, {**record, "before": None, "after": {"tau": 0.02}})
+    write_journal(run_dir, {**record, "before": None, "after": {"armed": True, "tau": 0.02}})
     page.run()
     assert "has not answered yet" not in words(page)
-    assert "applied at step 120, after: tau 0.02" in words(page)
+    assert "applied at step 120; after: armed yes, tau 0.02" in words(page)
 
 
 def test_a_run_without_a_channel_refuses_in_words(tmp_path: Path, open_page: Open) -> None:
@@ -317,13 +344,3 @@ def test_a_run_without_a_channel_refuses_in_words(tmp_path: Path, open_page: Ope
     page = open_page("--allow-control", run="live")
     page.button(key="control-disarm").click().run()
     assert "no control channel" in words(page)
-
-
-def test_the_server_command_names_what_it_was_asked_for(tmp_path: Path) -> None:
-    command = dashboard_command(tmp_path, host="127.0.0.2", port=1234, allow_control=True)
-    assert command[1:4] == ["-m", "streamlit", "run"]
-    assert Path(command[4]).is_file()
-    assert command[command.index("--server.address") + 1] == "127.0.0.2"
-    assert command[command.index("--server.port") + 1] == "1234"
-    assert command[command.index("--") + 1 :] == [str(tmp_path), "--allow-control"]
-    assert "--allow-control" not in dashboard_command(tmp_path)

@@ -7,10 +7,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from synthetic import HEADS, LAYERS, write_run, write_table
+from synthetic import HEADS, LAYERS, manifest, write_run, write_table
 
+from diagnostics.app import browser
 from diagnostics.app.data import Reader
 from diagnostics.errors import DamagedDataWarning
+from diagnostics.store.manifest import write_manifest
 from diagnostics.store.read import Run, open_run
 
 
@@ -124,6 +126,47 @@ def test_a_damaged_part_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
         frame = reader.table(run_dir, "attention")
     assert sorted(frame["step"].unique()) == [0, 10, 20, 30, 40]
     assert list(reader.damaged(run_dir)) == [f"attention/{broken.name}"]
+
+
+def test_a_run_that_ended_is_digested_once_and_its_tables_are_not_kept(
+    tmp_path: Path, reads: list[tuple[str, int | None]]
+) -> None:
+    run_dir = write_run(tmp_path, collapse=True)
+    reader = Reader()
+    assert not reader.has_digest(run_dir)
+    digest = reader.digest(run_dir, live=False)
+    assert reader.has_digest(run_dir)
+    # Of 100 steps, step 90 is the last measured one; from 30 % on entropy falls linearly from 3.52 by 3.5.
+    assert digest.lowest_entropy == pytest.approx(3.52 - 3.5 * (90 / 99 - 0.3) / 0.7)
+    assert digest.last_loss == open_run(run_dir).steps()["loss"].iloc[-1]
+    assert digest.highest_sec == pytest.approx(open_run(run_dir).spectra()["sec_1"].max())
+    count = len(reads)
+    assert reader.digest(run_dir, live=False) is digest
+    assert len(reads) == count
+    assert not reader._kept
+
+
+def test_a_run_that_goes_on_is_digested_again(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path)
+    reader = Reader()
+    reader.digest(run_dir, live=False)
+    write_table(run_dir, "steps", [{"step": 100, "loss": 7.0, "measured": False}], number=1)
+    write_manifest(run_dir, manifest("run", steps=101))
+    assert not reader.has_digest(run_dir)
+    assert reader.digest(run_dir, live=False).last_loss == 7.0
+
+
+def test_runs_beyond_the_budget_of_one_refresh_are_listed_unjudged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path, name)
+    reader = Reader()
+    monkeypatch.setattr(browser, "JUDGING_BUDGET_S", -1.0)
+    rows = browser.run_rows(tmp_path, reader)
+    assert [(row["status"], row["lowest entropy"]) for row in rows] == [("…", None)] * 2
+    monkeypatch.setattr(browser, "JUDGING_BUDGET_S", 60.0)
+    assert all(row["lowest entropy"] is not None for row in browser.run_rows(tmp_path, reader))
 
 
 def test_what_was_not_asked_for_lately_is_forgotten(tmp_path: Path) -> None:

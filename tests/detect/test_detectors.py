@@ -23,7 +23,9 @@ def frames(course: Course, steps: int) -> Iterable[Frame]:
         values = course(step)
 
         def rows(names: tuple[str, ...], values: dict[str, object] = values) -> Rows:
-            present = {n: np.broadcast_to(np.asarray(values[n], float), (len(HEADS),)) for n in names if n in values}
+            present = {
+                n: np.broadcast_to(np.asarray(values[n], float), (len(HEADS),)) for n in names if n in values
+            }
             return Rows(HEADS, present) if present else Rows()
 
         yield Frame(
@@ -123,7 +125,11 @@ def test_a_collapse_that_heals_is_a_finding_with_an_end() -> None:
 def test_fast_concentration_is_a_warning_long_before_entropy_falls() -> None:
     def concentrating(step: int) -> dict[str, object]:
         done = min(1.0, step / 30)
-        return healthy_heads(step) | {"sec_1": 0.1 + 0.6 * done, "sigma1": 0.1 * float(np.exp(2.5 * done)), "entropy_frac": 0.98}
+        return healthy_heads(step) | {
+            "sec_1": 0.1 + 0.6 * done,
+            "sigma1": 0.1 * float(np.exp(2.5 * done)),
+            "entropy_frac": 0.98,
+        }
 
     _, findings = judged(concentrating, steps=60)
     (finding,) = findings

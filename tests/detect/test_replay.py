@@ -41,7 +41,11 @@ def failing_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_replay_raises_the_alerts_that_were_raised_live(failing_run: Path) -> None:
     events = open_run(failing_run).table("events").to_pylist()
-    live = [(row["step"], row["layer"], json.loads(row["data"])["kind"]) for row in events if row["kind"] == "alert"]
+    live = [
+        (row["step"], row["layer"], json.loads(row["data"])["kind"])
+        for row in events
+        if row["kind"] == "alert"
+    ]
     replayed = [(f.raised_step, f.layer, f.kind) for f in assess(failing_run).findings]
     assert {kind for _, _, kind in live} >= {"spectral-concentration", "divergence"}
     assert sorted(live, key=str) == sorted(replayed, key=str)
@@ -59,7 +63,11 @@ def test_judging_up_to_a_step_sees_nothing_after_it(failing_run: Path, tmp_path:
                 if rows:
                     write_table(cut, table, rows, number=int(part.stem.split("-")[-1]))
         ahead, truncated = assess(failing_run, up_to_step=up_to), assess(cut)
-        assert (ahead.status, ahead.step, ahead.findings) == (truncated.status, truncated.step, truncated.findings)
+        assert (ahead.status, ahead.step, ahead.findings) == (
+            truncated.status,
+            truncated.step,
+            truncated.findings,
+        )
         assert ahead.step == up_to
         assert all((f.raised_step or 0) <= up_to for f in ahead.findings)
 

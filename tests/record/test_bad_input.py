@@ -15,10 +15,12 @@ from live_models import Small, batch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
+from diagnostics.detect.monitor import Monitor
 from diagnostics.errors import DiagnosticsError, NoAttentionError, RecorderWarning, RunExistsError
 from diagnostics.record.measured_step import MeasuredStep
 from diagnostics.record.recorder import Recorder
 from diagnostics.record.stream import Stream
+from diagnostics.record.update_sizes import UpdateSizes
 from diagnostics.record.update_watch import UpdateWatch
 from diagnostics.store.read import open_run
 from diagnostics.store.write import PartWriter
@@ -236,11 +238,13 @@ def test_a_run_directory_deleted_meanwhile_is_told_once(tmp_path: Path) -> None:
 
 PLANTED: dict[str, tuple[type, str]] = {
     "spectra": (MeasuredStep, "add_spectra"),
-    "updates": (UpdateWatch, "measure"),
+    "updates": (UpdateSizes, "measure"),
+    "captures": (UpdateWatch, "capture"),
     "weights before the step": (UpdateWatch, "_remember"),
     "scalars": (Recorder, "_handed"),
     "rows": (Stream, "close_measured"),
-    "the background thread": (Stream, "idle"),
+    "detectors": (Monitor, "feed"),
+    "the background thread": (Stream, "absorb"),
 }
 
 
@@ -253,7 +257,8 @@ def test_a_fault_planted_in_the_measuring_code_is_told_and_training_keeps_its_bi
     def faulty(*_: object, **__: object) -> None:
         raise ZeroDivisionError("planted")
 
-    def plant(_: Recorder) -> None:
+    def plant(recorder: Recorder) -> None:
+        recorder._on_worker(lambda: None)  # all that was handed over so far is rows by then
         monkeypatch.setattr(owner, name, faulty)
 
     messages, _ = spoiled(tmp_path, ["own"] * 3, plant, pause_s=0.4)
@@ -263,6 +268,8 @@ def test_a_fault_planted_in_the_measuring_code_is_told_and_training_keeps_its_bi
     run = open_run(tmp_path / "run")
     assert run.info["faults"][0]["error"] == "ZeroDivisionError: planted"
     assert set(run.attention()["step"]) >= {0, 1, 2}
+    assert run.info["state"] == "finished"
+    assert len(run.steps()) == 6 or place not in ("spectra", "detectors")
 
 
 def test_warnings_turned_into_errors_do_not_stop_training(

@@ -327,11 +327,12 @@ def test_a_killed_script_leaves_what_was_flushed_and_other_readers_see_it_while_
 
 def test_a_truncated_part_is_named_and_skipped_and_the_rest_is_read(tmp_path: Path) -> None:
     recorded(tmp_path / "run")
-    (path,) = (tmp_path / "run" / "steps").glob("*.parquet")
+    path = sorted((tmp_path / "run" / "steps").glob("*.parquet"))[-1]
+    lost = pq.read_table(path).num_rows
     path.write_bytes(path.read_bytes()[:-50])
     run = open_run(tmp_path / "run")
     with pytest.warns(DamagedDataWarning, match=path.name):
-        assert run.steps().empty
+        assert len(run.steps()) == 7 - lost
     assert list(run.damaged) == [f"steps/{path.name}"]
     assert len(run.attention()) > 0
 
