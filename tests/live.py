@@ -117,7 +117,9 @@ def assert_attention(run: Run, layer: str, expected: dict[str, list[float]], ste
         np.testing.assert_allclose(frame[name], values, rtol=2e-4, atol=2e-4, err_msg=f"{layer} {name}")
 
 
-def assert_spectra(run: Run, layer: str, wq_hkd: Sequence[Tensor], wk_hkd: Sequence[Tensor], step: int = 0) -> None:
+def assert_spectra(
+    run: Run, layer: str, wq_hkd: Sequence[Tensor], wk_hkd: Sequence[Tensor], step: int = 0
+) -> None:
     """Each query head's row is the spectrum of its own Wq^T Wk, formed here in full; float32 storage: 1e-5."""
     frame = run.spectra(start_step=step, end_step=step)
     frame = frame[frame["layer"] == layer].sort_values("head")
@@ -126,7 +128,9 @@ def assert_spectra(run: Run, layer: str, wq_hkd: Sequence[Tensor], wk_hkd: Seque
         product = wq.detach().double().numpy().T @ wk.detach().double().numpy()
         sigma = np.linalg.svd(product, compute_uv=False)[: wq.shape[0]]
         found: Any = row
-        np.testing.assert_allclose(found.singular_values, sigma[: len(found.singular_values)], rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(
+            found.singular_values, sigma[: len(found.singular_values)], rtol=1e-5, atol=1e-7
+        )
         energy = np.cumsum(sigma**2) / np.sum(sigma**2)
         np.testing.assert_allclose(found.sec_1, energy[0], rtol=1e-5)
         np.testing.assert_allclose(found.sec_4, energy[min(3, len(energy) - 1)], rtol=1e-5)

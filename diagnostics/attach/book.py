@@ -88,8 +88,7 @@ class SiteBook:
         if not self._wanted(site.name):
             self._unwanted.add(tuple(path))
             return None
-        if call.has_bias:
-            site = site.with_flags("bias")
+        site = site.with_flags(*call.flags, *(("bias",) if call.has_bias else ()))
         self._known[site.name] = site
         if site.verified == "no" and not observer.wants_products:
             self._met_unprobed = True  # first called late: probed at its call in the next measured step
@@ -99,6 +98,10 @@ class SiteBook:
             self._uncalled.remove(site.name)
             self.skipped.pop(site.name, None)
         return site
+
+    def heads_at(self, path: Sequence[str]) -> int | None:
+        """Query heads that names suggest for the innermost site on a path of running modules."""
+        return next((self._known[name].heads for name in reversed(path) if name in self._known), None)
 
     def _wanted(self, name: str) -> bool:
         return self._layers is None or self._layers.search(name) is not None

@@ -28,20 +28,25 @@ class AttentionCall:
     Attributes:
         q_bhtk: queries, (B, H, T, K).
         k_bgsk: keys, (B, G, S, K); query head h uses key head h // (H / G).
-        scale: factor on q.k.
+        scale: factor on q.k, None where only the logits themselves are known.
         is_causal: whether row t sees keys 0..t only.
         mask: None, bool (True: visible) or float (added), broadcastable to (B, H, T, S).
         weights: the parameters holding Wq and Wk and the first row of each, where the call itself names them.
         cross: whether the call itself says that queries and keys come from different tensors.
+        logits_bhts: the logits as the model computed them, mask and bias included; where given, they are what is
+            measured, and `scale`, `is_causal` and `mask` say nothing.
+        flags: what was seen between q k^T and the softmax.
     """
 
     q_bhtk: Tensor
     k_bgsk: Tensor
-    scale: float
+    scale: float | None
     is_causal: bool = False
     mask: Tensor | None = None
     weights: tuple[tuple[Tensor, int], tuple[Tensor, int]] | None = None
     cross: bool = False
+    logits_bhts: Tensor | None = None
+    flags: tuple[str, ...] = ()
 
     @property
     def has_bias(self) -> bool:

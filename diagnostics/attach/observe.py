@@ -7,7 +7,7 @@ or saved while attached carries nothing of ours, and torch's own fast paths stay
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from torch.utils.hooks import RemovableHandle
 
 from diagnostics.attach.calls import AttentionCall, multi_head_call, scaled_dot_product_call
 from diagnostics.attach.probe import Product
+from diagnostics.attach.trail import PRODUCTS as LOGIT_PRODUCTS
+from diagnostics.attach.trail import SOFTMAXES, LogitTrail
 
 _CALLS: Mapping[Callable[..., Any], Callable[..., AttentionCall]] = {
     functional.scaled_dot_product_attention: scaled_dot_product_call,
@@ -50,6 +52,7 @@ class Observer:
         on_exit: called when an observed forward of the model ends.
         contained: runs the recorder's own code; returns False where it failed.
         contained_for: as `contained`, for one module path first; a fault there takes only that path out.
+        heads_at: head count that names suggest for the running modules, should a call not show it.
     """
 
     def __init__(
@@ -60,12 +63,14 @@ class Observer:
         on_exit: Callable[[], None],
         contained: Callable[..., bool],
         contained_for: Callable[..., bool],
+        heads_at: Callable[[Sequence[str]], int | None],
     ) -> None:
         self._model = model
         self._on_call = on_call
         self._on_exit = on_exit
         self._contained = contained
         self._contained_for = contained_for
+        self._heads_at = heads_at
         self._handles: list[RemovableHandle] = []
         self._names: dict[int, str] = {}
         self._parameters: dict[int, str] = {}
@@ -73,6 +78,7 @@ class Observer:
         self._thread: int | None = None
         self._mode: _Mode | None = None
         self._paused_below = 0
+        self.trail = LogitTrail()
         self.products: deque[Product] = deque(maxlen=_PRODUCTS_KEPT)
         self.wants_products = True
         """Whether matrix products are to be remembered, for the probe; off once every layout is known."""
@@ -102,6 +108,7 @@ class Observer:
         self._paused_below = 0
         self._stop_mode()
         self.products.clear()
+        self.trail.clear()
 
     def _enter(self, module: nn.Module, _: object) -> None:
         name = self._names.get(id(module))
@@ -135,6 +142,7 @@ class Observer:
         if not self._stack:
             self._stop_mode()
             self.products.clear()
+            self.trail.clear()
             self._contained(self._on_exit)
 
     @staticmethod
@@ -164,7 +172,14 @@ class Observer:
         as_call = _CALLS.get(func)
         if as_call is not None:
             self._contained_for(self._stack[-1][1], self._hand_over, as_call, args, kwargs)
-        elif self.wants_products and func in _PRODUCTS and isinstance(result, Tensor):
+            return
+        if func in SOFTMAXES:
+            if self.trail:
+                self._contained_for(self._stack[-1][1], self._hand_over_softmax, args, kwargs)
+            return
+        if self.trail or func in LOGIT_PRODUCTS:
+            self._contained(self.trail.saw, func, args, kwargs, result)
+        if self.wants_products and func in _PRODUCTS and isinstance(result, Tensor):
             self._contained(self._remember, func, args, kwargs, result)
 
     def _hand_over(
@@ -172,6 +187,12 @@ class Observer:
     ) -> None:
         path = tuple(name for _, name in self._stack)
         self._on_call(as_call(*args, **kwargs), path, self)
+
+    def _hand_over_softmax(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        path = tuple(name for _, name in self._stack)
+        call = self.trail.call_of(args, kwargs, self._heads_at(path))
+        if call is not None:
+            self._on_call(call, path, self)
 
     def _remember(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor
@@ -212,9 +233,7 @@ class _Mode(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401 - whatever the function returns
         named = kwargs or {}
         result = func(*args, **named)
-        if func in _WATCHED:
+        if isinstance(result, Tensor) or func in _CALLS:  # multi_head_attention_forward gives a pair
             self._observer.saw(func, args, named, result)
         return result
 
-
-_WATCHED = frozenset((*_CALLS, *_PRODUCTS))

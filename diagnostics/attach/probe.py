@@ -15,6 +15,10 @@ from torch import Tensor
 from diagnostics.attach.site import Projection
 
 
+DOMINANCE = 3.0
+"""How many times the gradient of any other block a head's own must have, under a norm over all heads."""
+
+
 @dataclass(frozen=True)
 class Product:
     """One `x @ W` seen in a forward, and the path of the module that was running."""
@@ -111,12 +115,19 @@ def _energy(part: Tensor, output: Tensor) -> Tensor | None:
 
 
 def _dominant(energy_f: Tensor, head_dim: int) -> list[int] | None:
-    """The `head_dim` features that clearly lead, where a norm over all heads makes every feature matter a little."""
-    order = torch.argsort(energy_f, descending=True)
-    inside, outside = energy_f[order[:head_dim]], energy_f[order[head_dim:]]
-    if float(inside[-1]) < 4.0 * float(outside[0]):
+    """The head's own block of features, where a norm over all heads makes every feature matter a little.
+
+    Such a norm couples features with a weight of about one over their number; a head's own block of contiguous
+    features carries several times the gradient of any other.
+    """
+    if energy_f.numel() % head_dim:
         return None
-    return sorted(order[:head_dim].tolist())
+    blocks = energy_f.view(-1, head_dim).sum(-1)
+    first, second = torch.topk(blocks, 2).values.tolist()
+    if first < DOMINANCE * second:
+        return None
+    start = int(blocks.argmax()) * head_dim
+    return list(range(start, start + head_dim))
 
 
 def _flags(x_bhtk: Tensor, output: Tensor, rows: Sequence[Sequence[int]]) -> tuple[str, ...]:
@@ -129,7 +140,13 @@ def _flags(x_bhtk: Tensor, output: Tensor, rows: Sequence[Sequence[int]]) -> tup
     x_htk = x_bhtk.detach()[0].double()
     if torch.allclose(y_htk.sort(-1).values, x_htk.sort(-1).values, rtol=1e-3, atol=1e-6):
         return ()
-    ratio_ht = x_htk.norm(dim=-1) / y_htk.norm(dim=-1).clamp_min(1e-30)
+    norm_ht = y_htk.norm(dim=-1)
+    # The embedding of a padding token is zero, and so is what is projected from it: it shows nothing.
+    shown_t = (norm_ht > 1e-6 * norm_ht.amax()).all(0)
+    if not bool(shown_t.any()):
+        return ()
+    y_htk, x_htk = y_htk[:, shown_t], x_htk[:, shown_t]
+    ratio_ht = x_htk.norm(dim=-1) / y_htk.norm(dim=-1)
     spread_h = ratio_ht.amax(-1) / ratio_ht.amin(-1).clamp_min(1e-30)
     # A rotation keeps every token's norm, a fixed factor on q keeps their ratios, a norm layer keeps neither.
     if bool((spread_h > 1.02).any()):  # noqa: PLR2004 - half-precision rounding stays below 1 %

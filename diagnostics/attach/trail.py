@@ -66,6 +66,10 @@ class LogitTrail:
     def __init__(self) -> None:
         self._origins: dict[int, tuple[weakref.ref[Tensor], Origin]] = {}
 
+    def __bool__(self) -> bool:
+        """Whether any tensor is being followed."""
+        return bool(self._origins)
+
     def clear(self) -> None:
         self._origins.clear()
 
@@ -110,6 +114,8 @@ class LogitTrail:
             raise UnsupportedCallError(
                 f"the softmax runs over dimension {dim}, not over the keys in the last"
             )
+        if logits.ndim == 4:  # noqa: PLR2004 - (B, H, T, S)
+            heads = logits.shape[1]
         true = logits.detach() if origin.shift is None else logits.detach() + origin.shift.detach()
         return AttentionCall(
             q_bhtk=_by_heads(origin.q, heads),
@@ -224,7 +230,7 @@ def _by_heads(x: Tensor, heads: int | None) -> Tensor:
     if x.ndim == 5:  # noqa: PLR2004 - (B, G, H / G, rows, columns)
         return x.flatten(1, 2)
     if x.ndim == 3 and heads and x.shape[0] % heads == 0:  # noqa: PLR2004 - (B H, rows, columns)
-        return x.unflatten(0, (-1, heads))
+        return x.reshape(-1, heads, *x.shape[1:])
     raise UnsupportedCallError(
         f"the logits have shape {tuple(x.shape)}; heads cannot be told from sequences without a head count on the module"
     )

@@ -146,7 +146,7 @@ def read_journal(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for line in lines:
         try:
-            record = json.loads(line)
+            record: dict[str, Any] = json.loads(line)
         except ValueError:
             continue
         records.append(record)
@@ -157,7 +157,7 @@ def acknowledgement(run_dir: str | os.PathLike[str], identity: str) -> dict[str,
     """The run's final word on a command (`status` applied, rejected or expired), or None so far."""
     for record in reversed(read_journal(run_dir)):
         if record.get("id") == identity and record.get("status") in FINAL_STATUSES:
-            return record
+            return dict(record)
     return None
 
 

@@ -36,7 +36,7 @@ class HeadHistory:
         if keys != self.keys:
             # Other heads than before: a layer was added or replaced, and there is no past to compare with.
             self._frames.clear()
-            self.keys = keys  # type: ignore[assignment]
+            self.keys = keys
         values = {
             name: _aligned(frame.attention.keys, frame.attention.column(name), keys) for name in _COLUMNS
         }

@@ -14,6 +14,8 @@ from diagnostics.measure.shapes import check_query_key_shapes
 # Model code writes "hidden" as -inf, as finfo.min of its dtype (-65504 in float16), or as -1e4 by hand; a bias
 # that low leaves a key without weight in float32 whatever its logit.
 HIDDEN_BIAS = -1e4
+# The same once added to a logit: a model that writes attention out shows only the sum.
+HIDDEN_LOGIT = -9e3
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,23 @@ def observe_rows(
         if logits_bhrs.numel() == 0:
             return _nothing_observed(q_bhrk)
         return _statistics(logits_bhrs, visible, rank_sequences)
+
+
+def observe_logits(logits_bhrs: Tensor, *, rank_sequences: int = 1) -> RowStatistics:
+    """As `observe_rows`, from logits that a model has computed itself, mask and bias added.
+
+    Args:
+        logits_bhrs: the softmax's input on the observed rows, any float dtype; entries of -9e3 and below are
+            keys that a mask hides.
+        rank_sequences: as in `observe_rows`.
+    """
+    with full_precision(logits_bhrs.device):
+        wide_bhrs = logits_bhrs.detach().float()
+        if wide_bhrs is logits_bhrs or wide_bhrs.data_ptr() == logits_bhrs.data_ptr():
+            wide_bhrs = wide_bhrs.clone()  # the statistics are made in place, and these are the model's own
+        if wide_bhrs.numel() == 0:
+            return _nothing_observed(logits_bhrs)
+        return _statistics(wide_bhrs, wide_bhrs > HIDDEN_LOGIT, rank_sequences)
 
 
 def entropy_lower_bound(row_norm: Tensor, visible_keys: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ class Fault:
 class Border:
     """Runs the recorder's code inside a training loop.
 
-    A fault with a `culprit` (an attention site, say) is reported once for that culprit, which callers then
-    leave out; a fault without one switches everything off through `on_fatal`.
+    A fault with a `culprit` (an attention site, say) is reported once for that culprit, whose code is not run
+    again; a fault without one switches everything off through `on_fatal`.
     """
 
     on_fatal: Callable[[Fault], None]
@@ -34,6 +34,7 @@ class Border:
     faults: list[Fault] = field(default_factory=list)
     broken: bool = False
     _noted: set[str] = field(default_factory=set)
+    _out: set[str] = field(default_factory=set)
     _warned_fatal: bool = False
 
     def run(self, function: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> bool:
@@ -57,7 +58,9 @@ class Border:
     def _contain(
         self, culprit: str | None, function: Callable[P, None], *args: P.args, **kwargs: P.kwargs
     ) -> bool:
-        return False if self.broken else self._try(culprit, function, *args, **kwargs)
+        if self.broken or culprit in self._out:
+            return False
+        return self._try(culprit, function, *args, **kwargs)
 
     def _try(
         self, culprit: str | None, function: Callable[P, None], *args: P.args, **kwargs: P.kwargs
@@ -82,6 +85,7 @@ class Border:
             self.broken = True
             self.on_fatal(fault)
         else:
+            self._out.add(culprit)
             self._warn(f"{culprit} is not observed any more, the rest goes on: {fault.error}")
             self.on_culprit(culprit, fault)
 

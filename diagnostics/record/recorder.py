@@ -29,7 +29,7 @@ from diagnostics.record.measured_step import MeasuredStep
 from diagnostics.record.schedule import is_measured, next_measured
 from diagnostics.record.stream import Handed, Stream
 from diagnostics.record.update_sizes import UpdateSizes
-from diagnostics.record.update_watch import CapturedUpdate, UpdateWatch
+from diagnostics.record.update_watch import UpdateWatch
 from diagnostics.store.format import TABLES
 from diagnostics.store.write import Worker
 
@@ -93,12 +93,13 @@ class Recorder:
             model,
             on_call=self._on_call,
             on_exit=self._on_forward_exit,
+            heads_at=self._book.heads_at,
             contained=self._contained,
             contained_for=self._contained_for,
         )
         self._updates = UpdateWatch(self._optimizers, self._names)
         self._update_sizes = UpdateSizes()
-        self._update_slot = threading.Semaphore(1)
+        self._slot = threading.Semaphore(1)
         self.run_dir, manifest = claim_run_dir(
             run_dir, model=model, config=config, every=every, control=control, sites=self._book.sites
         )
@@ -124,7 +125,6 @@ class Recorder:
         self._measured: MeasuredStep | None = None
         self._seen: set[str] = set()
         self._seen_before_forward: set[str] = set()
-        self._faulty: set[str] = set()
         self._checked_for_blindness = False
         self._timing = False
         self._overhead_s = 0.0
@@ -220,9 +220,8 @@ class Recorder:
         step = self._step
         due = step >= self._due
         measured = self._measured if due else None
-        captured: list[CapturedUpdate] = []
         if measured is not None:
-            captured = self._capture_updates(step)
+            measured.captured = self._updates.capture()
             if self._updates.grad_norm is not None:
                 scalars.setdefault("grad_norm", self._updates.grad_norm)
         lr = scalars.pop("lr", None)
@@ -241,7 +240,7 @@ class Recorder:
         self._overhead_in_step_s = 0.0
         if due:
             boundary_s = time.perf_counter()
-            self._cross_boundary(step, measured, captured)
+            self._cross_boundary(step, measured)
             # The row of this step is out already, so what the boundary took is told with the next one.
             self._overhead_in_step_s = time.perf_counter() - boundary_s
 
@@ -270,24 +269,11 @@ class Recorder:
             return False
         return True
 
-    def _capture_updates(self, step: int) -> list[CapturedUpdate]:
-        # Copies of one measured step wait for the worker at most; where it is behind, it is given a little time.
-        if not self._update_slot.acquire(timeout=_SLOT_WAIT_S):
-            message = f"the updates of step {step} were not measured: the writer is busy"
-            self._stream.announce("warning", "warning", message, {"step": step})
-            return []
-        captured = self._updates.capture()
-        if not captured:
-            self._update_slot.release()
-        return captured
-
-    def _cross_boundary(
-        self, step: int, measured: MeasuredStep | None, captured: list[CapturedUpdate]
-    ) -> None:
+    def _cross_boundary(self, step: int, measured: MeasuredStep | None) -> None:
         if measured is not None:
             self._disarm()
             self._report_blindness(measured)
-            self._hand_over(step, measured, captured)
+            self._hand_over(step, measured)
         self._controller.apply_waiting(step + 1)
         self._prepare()
 
@@ -319,39 +305,39 @@ class Recorder:
         self._observer.disarm()
         self._updates.disarm()
 
-    def _hand_over(self, step: int, measured: MeasuredStep, captured: list[CapturedUpdate]) -> None:
+    def _hand_over(self, step: int, measured: MeasuredStep) -> None:
         sites = [site.to_dict() for site in self._book.sites]
-        skipped = dict(self._book.skipped)
         overhead = self.overhead
         left_out = dict(self._updates.left_out)
-
-        slot_held = bool(captured)
-        if any(one.before_mn.device.type != "cpu" for one in captured):
-            # On a device the training thread only queues this, in the order of its own stream.
-            measured.updates = self._update_sizes.measure(captured)
-            captured.clear()
+        # The copies of one measured step wait at most; a worker that is behind is given a little time.
+        if not self._slot.acquire(timeout=_SLOT_WAIT_S):
+            self._tell_lost(step, "the writer is busy")
+            return
+        if measured.on_device:
+            measured.complete(self._update_sizes, self._contained_for)
 
         def job() -> None:
             try:
-                measured.updates += self._update_sizes.measure(captured)
+                measured.complete(self._update_sizes, self._border.run_for)
             finally:
-                captured.clear()
-                if slot_held:
-                    self._update_slot.release()
-            self._stream.update_manifest(skipped=skipped, overhead=overhead, updates_left_out=left_out)
+                self._slot.release()
+            self._stream.update_manifest(
+                skipped=dict(self._book.skipped), overhead=overhead, updates_left_out=left_out
+            )
             self._stream.close_measured(step, measured, sites)
 
         if not self._worker.offer(job):
-            if slot_held:
-                self._update_slot.release()
-            self._stream.announce(
-                "warning", "warning", f"step {step} was not stored: the disk cannot keep up", {"step": step}
-            )
+            self._slot.release()
+            self._tell_lost(step, "the disk cannot keep up")
+
+    def _tell_lost(self, step: int, reason: str) -> None:
+        message = f"what was measured in step {step} is lost: {reason}"
+        self._stream.announce("warning", "warning", message, {"step": step})
 
     def _report_blindness(self, measured: MeasuredStep) -> None:
-        if measured.attention:
+        if measured.saw_attention:
             self._book.end_step()
-        if measured.attention or self._faulty or self._checked_for_blindness:
+        if measured.saw_attention or self._border.faults or self._checked_for_blindness:
             self._checked_for_blindness = True
             return
         self._checked_for_blindness = True
@@ -371,8 +357,6 @@ class Recorder:
             return self._border.run(function, *args)
 
     def _contained_for(self, path: str, function: Callable[..., None], *args: Any) -> bool:  # noqa: ANN401 - as above
-        if path in self._faulty:
-            return False
         with self._timed():
             return self._border.run_for(path, function, *args)
 
@@ -414,9 +398,9 @@ class Recorder:
             return
         parameters: dict[str, nn.Parameter] | None = None
         for site in self._book.sites:
-            if site.name in self._seen and site.name not in measured.spectra:
+            if site.name in self._seen:
                 parameters = parameters or dict(self._model.named_parameters(remove_duplicate=False))
-                self._contained_for(site.name, measured.add_spectra, site, parameters)
+                self._contained_for(site.name, measured.add_weights, site, parameters)
         self._seen_before_forward = set(self._seen)
 
     # --- end ----------------------------------------------------------------------------------------
@@ -428,7 +412,6 @@ class Recorder:
 
     def _leave_out(self, path: str, fault: Fault) -> None:
         """After a fault at one attention site, or in the detectors: it is marked and left out, the rest goes on."""
-        self._faulty.add(path)
         self._book.skip(path, fault.error)
         self._stream.record_fault(fault.where, fault.error, fault.trace)
 

@@ -38,7 +38,9 @@ class UpdateSizes:
     def measure(self, captured: Sequence[CapturedUpdate]) -> list[GroupUpdates]:
         groups: dict[tuple[object, ...], list[CapturedUpdate]] = {}
         for one in captured:
-            groups.setdefault((one.before_mn.shape, one.update_mn.dtype, one.before_mn.device), []).append(one)
+            groups.setdefault((one.before_mn.shape, one.update_mn.dtype, one.before_mn.device), []).append(
+                one
+            )
         return [self._measure_group(group) for group in groups.values()]
 
     def _measure_group(self, group: Sequence[CapturedUpdate]) -> GroupUpdates:
@@ -65,7 +67,9 @@ class UpdateSizes:
         fitting = [pair for pair in known if pair is not None and pair[0].shape == like_nmn.shape[2:]]
         if len(fitting) < len(group):
             return None, None
-        weight_nn, update_nn = (torch.stack([pair[which].to(like_nmn) for pair in fitting]) for which in (0, 1))
+        weight_nn, update_nn = (
+            torch.stack([pair[which].to(like_nmn) for pair in fitting]) for which in (0, 1)
+        )
         return weight_nn, update_nn
 
     def state_dict(self) -> dict[str, tuple[Tensor, Tensor]]:

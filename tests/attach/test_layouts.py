@@ -42,7 +42,12 @@ class Separate(nn.Module):
     """Separate projections under any names, any pairing of heads, and what may stand behind them."""
 
     def __init__(
-        self, names: tuple[str, str], kv_heads: int = H, pairing: str = "native", behind: str = "", key_width: int = D
+        self,
+        names: tuple[str, str],
+        kv_heads: int = H,
+        pairing: str = "native",
+        behind: str = "",
+        key_width: int = D,
     ) -> None:
         super().__init__()
         self.n, self.g, self.names, self.pairing, self.behind = H, kv_heads, names, pairing, behind
@@ -51,7 +56,8 @@ class Separate(nn.Module):
         self.value = nn.Linear(key_width, kv_heads * K)
         self.out = nn.Linear(H * K, D)
         if behind == "norm per head":
-            self.norm_q, self.norm_k = nn.LayerNorm(K), nn.LayerNorm(K)
+            self.norm_q: nn.Module = nn.LayerNorm(K)
+            self.norm_k: nn.Module = nn.LayerNorm(K)
         if behind == "norm over the width":
             self.norm_q, self.norm_k = nn.RMSNorm(H * K), nn.RMSNorm(kv_heads * K)
 
@@ -124,7 +130,7 @@ def in_model(attention: nn.Module) -> nn.Module:
 class Case:
     make: Callable[[], nn.Module]
     kv_heads: int = H
-    kv_head: Callable[[int], int] = lambda head: head
+    kv_head: Callable[[int], int] = int
     flags: tuple[str, ...] = ()
     says: str = ""
 
@@ -139,7 +145,7 @@ SEPARATE = {
     "tiled repeat": Case(
         lambda: Separate(("wq", "wk"), 2, "tiled"), 2, lambda head: head % 2, says="key head h mod 2"
     ),
-    "one key head": Case(lambda: Separate(("to_q", "to_k"), 1), 1, lambda head: 0),
+    "one key head": Case(lambda: Separate(("to_q", "to_k"), 1), 1, lambda _: 0),
     "rope": Case(lambda: Separate(("q", "k"), behind="rope"), flags=("rope",)),
     "norm per head": Case(lambda: Separate(("query", "key"), behind="norm per head"), flags=("qk_norm",)),
     "norm over the width": Case(
@@ -183,7 +189,10 @@ def grouped(part: str) -> list[list[int]]:
 CONTIGUOUS = (plain_rows(H), plain_rows(H, H * K), plain_rows(H, 2 * H * K))
 FUSED = {
     "q, k, v": (Case(lambda: Fused("qkv", CONTIGUOUS), says="rows [q heads; k heads; v heads]"), CONTIGUOUS),
-    "q, k, v, odd name": (Case(lambda: Fused("p", CONTIGUOUS), says="[q heads; k heads; v heads]"), CONTIGUOUS),
+    "q, k, v, odd name": (
+        Case(lambda: Fused("p", CONTIGUOUS), says="[q heads; k heads; v heads]"),
+        CONTIGUOUS,
+    ),
     "per head": (
         Case(
             lambda: Fused("query_key_value", (interleaved(0), interleaved(1), interleaved(2))),
@@ -231,7 +240,9 @@ def test_cross_attention_from_another_width_is_flagged_and_measured(tmp_path: Pa
     torch.manual_seed(0)
     attention = Separate(("q_proj", "k_proj"), key_width=10)
     x, memory = torch.randn(B, T, D), torch.randn(B, 5, 10)
-    run, recorder = record(in_model(attention), tmp_path / "run", lambda: attention(x, memory).square().mean())
+    run, recorder = record(
+        in_model(attention), tmp_path / "run", lambda: attention(x, memory).square().mean()
+    )
     assert site_named(recorder, "attn").flags == ("cross",)
     q, k = attention.double().queries_keys(x.double(), memory.double())
     assert_attention(run, "attn", expected_attention(q, k, range(H), K**-0.5))
@@ -249,7 +260,9 @@ def test_name_rules_answer_before_the_first_step_and_say_that_nothing_is_verifie
     )
     model["separate"].num_heads = H  # type: ignore[assignment]
     with Recorder(model, run_dir=tmp_path / "run") as recorder:
-        found = {site.name: (site.heads, site.kv_heads, site.head_dim, site.verified) for site in recorder.sites}
+        found = {
+            site.name: (site.heads, site.kv_heads, site.head_dim, site.verified) for site in recorder.sites
+        }
     assert found == {"separate": (H, H, K, "no"), "mha": (H, H, K, "no")}
 
 
@@ -271,8 +284,7 @@ def test_a_wrong_suggestion_of_the_names_is_corrected_by_the_probe(tmp_path: Pat
     attention.num_heads = H  # type: ignore[assignment]
     run, recorder = record(in_model(attention), tmp_path / "run", lambda: attention(x).square().mean())
     assert "order of its own" in site_named(recorder, "attn").layout
-    weight = attention.qkv.weight  # type: ignore[union-attr]
-    assert isinstance(weight, Tensor)
+    weight = attention.get_parameter("qkv.weight")
     assert_spectra(run, "attn", [weight[r] for r in swapped[0]], [weight[r] for r in swapped[1]])
 
 
@@ -288,17 +300,21 @@ def test_twins_of_a_probed_layer_are_each_verified_and_measured(tmp_path: Path) 
         return h.square().mean()
 
     run, recorder = record(model, tmp_path / "run", loss)
-    assert [(site.name, site.verified) for site in recorder.sites] == [(f"attn.{i}", "probe") for i in range(3)]
+    assert [(site.name, site.verified) for site in recorder.sites] == [
+        (f"attn.{i}", "probe") for i in range(3)
+    ]
     for index, layer in enumerate(layers):
-        weight = layer.p.weight
-        assert isinstance(weight, Tensor)
+        weight = layer.get_parameter("p.weight")
         wq, wk = ([weight[row] for row in interleaved(part)] for part in (0, 1))
         assert_spectra(run, f"attn.{index}", wq, wk)
 
 
-def test_a_projection_without_gradient_keeps_its_entropy_and_says_why_there_is_no_probe(tmp_path: Path) -> None:
+def test_a_projection_without_gradient_keeps_its_entropy_and_says_why_there_is_no_probe(
+    tmp_path: Path,
+) -> None:
     attention, x = Fused("p", CONTIGUOUS), torch.randn(2, T, D)
-    attention.p.requires_grad_(requires_grad=False)  # type: ignore[operator]
+    for parameter in attention.get_submodule("p").parameters():
+        parameter.requires_grad = False
     run, recorder = record(in_model(attention), tmp_path / "run", lambda: attention(x).square().mean())
     site = site_named(recorder, "attn")
     assert (site.verified, site.query) == ("no", None)

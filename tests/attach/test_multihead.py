@@ -17,7 +17,7 @@ K = D // H
 
 def projections(mha: nn.MultiheadAttention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Wq, Wk, bq, bk."""
-    if mha.in_proj_weight is not None:
+    if mha._qkv_same_embed_dim:
         weight_q, weight_k = mha.in_proj_weight[:D], mha.in_proj_weight[D : 2 * D]
     else:
         weight_q, weight_k = mha.q_proj_weight, mha.k_proj_weight
@@ -26,7 +26,7 @@ def projections(mha: nn.MultiheadAttention) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def heads_of(y_btd: Tensor) -> Tensor:
-    return y_btd.unflatten(-1, (H, K)).transpose(1, 2)
+    return y_btd.reshape(*y_btd.shape[:-1], H, K).transpose(1, 2)
 
 
 def queries_keys(mha: nn.MultiheadAttention, x_btd: Tensor, m_bsd: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,11 +39,13 @@ def queries_keys(mha: nn.MultiheadAttention, x_btd: Tensor, m_bsd: Tensor) -> tu
     return heads_of(q), heads_of(k)
 
 
-def check(run: Any, name: str, mha: nn.MultiheadAttention, x: Tensor, m: Tensor, added: Tensor | None) -> None:
+def check(
+    run: Any, name: str, mha: nn.MultiheadAttention, x: Tensor, m: Tensor, added: Tensor | None
+) -> None:
     q, k = queries_keys(mha, x, m)
     assert_attention(run, name, expected_attention(q, k, range(H), K**-0.5, added))
     wq, wk, _, _ = projections(mha)
-    assert_spectra(run, name, list(wq.unflatten(0, (H, K))), list(wk.unflatten(0, (H, K))))
+    assert_spectra(run, name, list(wq.reshape(H, K, -1)), list(wk.reshape(H, K, -1)))
 
 
 def spread(mha: nn.MultiheadAttention) -> nn.MultiheadAttention:
@@ -74,7 +76,9 @@ MASKS: dict[str, tuple[dict[str, Tensor], Tensor | None]] = {
 
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("mask", MASKS)
-def test_masks_and_padding_count_as_they_do_in_the_softmax(mask: str, need_weights: bool, tmp_path: Path) -> None:  # noqa: FBT001 - a parameter
+def test_masks_and_padding_count_as_they_do_in_the_softmax(
+    mask: str, *, need_weights: bool, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     mha = spread(nn.MultiheadAttention(D, H, batch_first=True))
     x, m = torch.randn(B, T, D), torch.randn(B, S, D)
@@ -101,7 +105,9 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("padded", [False, True])
-def test_every_kind_of_multihead_attention_is_measured_right(kind: str, padded: bool, tmp_path: Path) -> None:  # noqa: FBT001 - a parameter
+def test_every_kind_of_multihead_attention_is_measured_right(
+    kind: str, *, padded: bool, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     mha = spread(nn.MultiheadAttention(D, H, **KINDS[kind]))
     x, m = torch.randn(B, T, D), torch.randn(B, S, mha.kdim)
@@ -115,26 +121,29 @@ def test_every_kind_of_multihead_attention_is_measured_right(kind: str, padded: 
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_self_attention_is_not_flagged_as_cross_whatever_comes_first(batch_first: bool, tmp_path: Path) -> None:  # noqa: FBT001 - a parameter
+def test_self_attention_is_not_flagged_as_cross_whatever_comes_first(
+    *, batch_first: bool, tmp_path: Path
+) -> None:
     mha = nn.MultiheadAttention(D, H, batch_first=batch_first)
     x = torch.randn(B, T, D)
-    _, recorder = record(mha, tmp_path / "run", lambda: mha(x, x, x)[0].sum())
+    _, recorder = record(mha, tmp_path / "run", lambda: mha(x, x, x)[0].square().sum())
     assert site_named(recorder, "").flags == ()
-    _, recorder = record(mha, tmp_path / "other", lambda: mha(x, x, x.clone())[0].sum())
+    _, recorder = record(mha, tmp_path / "other", lambda: mha(x, x, x.clone())[0].square().sum())
     assert site_named(recorder, "").flags == ()
 
 
 def test_a_sequence_without_a_batch_is_one_sequence(tmp_path: Path) -> None:
     mha = spread(nn.MultiheadAttention(D, H))
     x = torch.randn(T, D)
-    run, _ = record(mha, tmp_path / "run", lambda: mha(x, x, x)[0].sum())
+    run, _ = record(mha, tmp_path / "run", lambda: mha(x, x, x)[0].square().sum())
     check(run, "", mha, x[None], x[None], None)
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")  # torch says that norm_first has no nested path
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_an_encoder_and_a_decoder_show_self_and_cross_attention_of_every_layer(
-    norm_first: bool,  # noqa: FBT001 - a parameter
+    *,
+    norm_first: bool,
     tmp_path: Path,
 ) -> None:
     torch.manual_seed(0)

@@ -13,7 +13,6 @@ import torch
 from live_models import Small, batch
 from torch import nn
 
-from diagnostics.control import mailbox
 from diagnostics.control.commands import COMMANDS, as_typed, check_command
 from diagnostics.control.controller import Controller
 from diagnostics.control.mailbox import acknowledgement, await_acknowledgement, read_journal, send
@@ -82,7 +81,9 @@ def test_a_command_from_another_process_is_applied_between_two_steps_and_answere
     loop = Loop(tmp_path / "run")
     loop.step()
     source = "import sys; from diagnostics.control.mailbox import send; print(send(sys.argv[1], 'spectral-bound', {'tau': 0.02}))"
-    sent = subprocess.run([sys.executable, "-c", source, str(loop.run_dir)], capture_output=True, text=True, check=True)
+    sent = subprocess.run(
+        [sys.executable, "-c", source, str(loop.run_dir)], capture_output=True, text=True, check=True
+    )
     deadline_s = time.monotonic() + 10.0
     while not loop.recorder._controller.waiting and time.monotonic() < deadline_s:
         time.sleep(0.02)  # the writer's thread looks by itself
@@ -138,7 +139,10 @@ def test_arming_again_changes_tau_and_disarming_takes_the_bound_off(tmp_path: Pa
     assert (off["before"]["armed"], off["after"]) == (True, {"armed": False, "tau": None})
     assert not loop.optimizer._optimizer_step_post_hooks
     late = loop.ask("disarm", name="spectral-bound")
-    assert (late["status"], late["reason"]) == ("rejected", "'spectral-bound' is not armed; armed now: nothing")
+    assert (late["status"], late["reason"]) == (
+        "rejected",
+        "'spectral-bound' is not armed; armed now: nothing",
+    )
     loop.close()
 
 
@@ -153,7 +157,8 @@ def test_an_infinite_tau_travels_and_is_applied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "arguments"), [("lr-scale", {"factor": 0.5}), ("qk-clip", {"threshold": 9.0}), ("stop", {}), ("checkpoint", {})]
+    ("command", "arguments"),
+    [("lr-scale", {"factor": 0.5}), ("qk-clip", {"threshold": 9.0}), ("stop", {}), ("checkpoint", {})],
 )
 def test_a_command_that_this_run_cannot_carry_out_is_rejected_in_words(
     command: str, arguments: dict[str, Any], tmp_path: Path
@@ -161,7 +166,9 @@ def test_a_command_that_this_run_cannot_carry_out_is_rejected_in_words(
     loop = Loop(tmp_path / "run")
     record = loop.ask(command, **arguments)
     assert record["status"] == "rejected"
-    assert record["reason"] == f"this run cannot carry out {command}; it knows spectral-bound, disarm and status"
+    assert (
+        record["reason"] == f"this run cannot carry out {command}; it knows spectral-bound, disarm and status"
+    )
     assert loop.close().events()["severity"].tolist() == ["warning"]
 
 
@@ -169,8 +176,16 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "another run": ({"run_id": "older"}, "rejected", "the command is for run older, this is run"),
     "too late": ({"expires_s": 1.0}, "expired", "had expired when the run reached a step boundary"),
     "expires never": ({"expires_s": float("nan")}, "expired", "had expired"),
-    "unknown": ({"command": "explode"}, "rejected", "there is no command 'explode'; the commands are spectral-bound"),
-    "a word for tau": ({"arguments": {"tau": "much"}}, "rejected", "tau is 'much', it must be a number above 0"),
+    "unknown": (
+        {"command": "explode"},
+        "rejected",
+        "there is no command 'explode'; the commands are spectral-bound",
+    ),
+    "a word for tau": (
+        {"arguments": {"tau": "much"}},
+        "rejected",
+        "tau is 'much', it must be a number above 0",
+    ),
     "negative tau": ({"arguments": {"tau": -1}}, "rejected", "tau is -1, it must be a number above 0"),
     "nothing to disarm": ({"command": "disarm", "arguments": {}}, "rejected", "disarm needs name"),
     "too much": ({"arguments": {"tau": 1, "now": 2}}, "rejected", "spectral-bound does not take 'now'"),
@@ -223,11 +238,13 @@ def test_a_file_still_in_the_writing_is_waited_for(tmp_path: Path) -> None:
     loop.close()
 
 
-def test_a_command_of_another_user_is_ignored_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_of_another_user_is_ignored_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loop = Loop(tmp_path / "run")
     assert (loop.run_dir / CONTROL_INBOX).stat().st_mode & 0o777 == 0o700
     identity = send(loop.run_dir, "spectral-bound", {"tau": 0.1})
-    monkeypatch.setattr(mailbox.os, "getuid", lambda: 12345)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
     record = loop.answer(identity)
     assert record["status"] == "rejected"
     assert "belongs to user" in record["reason"]
@@ -242,7 +259,7 @@ def test_a_command_delivered_twice_counts_once(tmp_path: Path) -> None:
         assert loop.answer("same")["status"] == "applied"
     records = [record for record in read_journal(loop.run_dir) if record["id"] == "same"]
     assert [record["status"] for record in records] == ["applied"]
-    assert "came twice" in loop.close().events()["message"].iloc[1]
+    assert sum("came twice" in message for message in loop.close().events()["message"]) == 1
 
 
 def test_commands_are_applied_in_the_order_of_sending(tmp_path: Path) -> None:
@@ -285,7 +302,11 @@ def test_the_runs_own_wish_is_written_down_or_carried_out_as_the_mode_says(mode:
     expected = {"off": [], "observe": [], "suggest": ["suggestion"], "act": ["control"]}
     assert events["kind"].tolist() == expected[mode]
     if mode == "suggest":
-        assert events["message"].iloc[0].endswith(f"diagnostics control {loop.run_dir} spectral-bound --tau 0.04")
+        assert (
+            events["message"]
+            .iloc[0]
+            .endswith(f"diagnostics control {loop.run_dir} spectral-bound --tau 0.04")
+        )
 
 
 def test_without_an_optimizer_a_bound_is_refused_in_words(tmp_path: Path) -> None:
@@ -320,7 +341,9 @@ def test_of_several_optimizers_those_with_matrices_are_bounded(tmp_path: Path) -
         assert not vectors._optimizer_step_post_hooks
 
 
-def test_a_step_that_is_not_measured_looks_at_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_is_not_measured_looks_at_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loop = Loop(tmp_path / "run")
     loop.step()
     looked: list[str] = []
@@ -374,7 +397,9 @@ def test_the_vocabulary_is_the_contracts() -> None:
     }  # fmt: skip
     assert check_command("spectral-bound", {"tau": "inf"}) == {"tau": float("inf")}
     assert as_typed("disarm", {"name": "spectral-bound"}) == "diagnostics control RUN disarm spectral-bound"
-    assert as_typed("lr-scale", {"factor": 0.5}, "runs/a") == "diagnostics control runs/a lr-scale --factor 0.5"
+    assert (
+        as_typed("lr-scale", {"factor": 0.5}, "runs/a") == "diagnostics control runs/a lr-scale --factor 0.5"
+    )
 
 
 def test_a_half_written_journal_line_is_left_out(tmp_path: Path) -> None:

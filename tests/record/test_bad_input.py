@@ -46,7 +46,9 @@ ATTENTIONLESS = {
 @pytest.mark.parametrize("name", ATTENTIONLESS)
 def test_a_model_without_attention_is_refused(name: str, tmp_path: Path) -> None:
     model = ATTENTIONLESS[name]()
-    with pytest.raises(NoAttentionError, match=f"{type(model).__name__} holds no attention.*Attach to the model that does"):
+    with pytest.raises(
+        NoAttentionError, match=f"{type(model).__name__} holds no attention.*Attach to the model that does"
+    ):
         Recorder(model, run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -58,18 +60,26 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "every True": ({"every": True}, "every is True, it must be"),
     "layers broken": ({"layers": "("}, r"layers is '\(', which is no regular expression"),
     "layers no text": ({"layers": 3}, "layers is 3, which is no regular expression"),
-    "layers matching nothing": ({"layers": "decoder"}, "layers is 'decoder', which matches no module path; paths here look"),
+    "layers matching nothing": (
+        {"layers": "decoder"},
+        "layers is 'decoder', which matches no module path; paths here look",
+    ),
     "control": ({"control": "x"}, "control is 'x', it must be one of off, observe, suggest, act"),
     "config": ({"config": [1]}, "config is a list, it must be a mapping"),
     "run_dir": ({"run_dir": 7}, "run_dir is 7; give a path"),
     "run_dir empty": ({"run_dir": ""}, "run_dir is ''; give a path"),
-    "run_dir a bucket": ({"run_dir": "s3://bucket/run"}, "run_dir is 's3://bucket/run'; this version writes to local"),
+    "run_dir a bucket": (
+        {"run_dir": "s3://bucket/run"},
+        "run_dir is 's3://bucket/run'; this version writes to local",
+    ),
     "optimizer": ({"optimizer": "adam"}, "optimizer is a str, it must be a torch.optim.Optimizer"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_an_argument_that_cannot_work_is_refused_with_its_value_and_what_is_allowed(name: str, tmp_path: Path) -> None:
+def test_an_argument_that_cannot_work_is_refused_with_its_value_and_what_is_allowed(
+    name: str, tmp_path: Path
+) -> None:
     arguments, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
         Recorder(Small(), **{"run_dir": tmp_path / "run", **arguments})
@@ -84,7 +94,9 @@ def test_a_model_that_is_no_module_is_refused(tmp_path: Path) -> None:
 
 def test_an_optimizer_over_other_parameters_is_refused(tmp_path: Path) -> None:
     other = torch.optim.SGD(Small().parameters(), lr=0.1)
-    with pytest.raises(DiagnosticsError, match="the SGD holds none of the model's parameters; give the optimizer that"):
+    with pytest.raises(
+        DiagnosticsError, match=r"the SGD holds none of the model's parameters; give the optimizer that"
+    ):
         Recorder(Small(), other, tmp_path / "run")
 
 
@@ -98,7 +110,7 @@ def test_a_directory_that_holds_a_run_is_refused_and_left_as_it_is(tmp_path: Pat
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DiagnosticsError, match="cannot be written .* give a run_dir that you may write to"):
+    with pytest.raises(DiagnosticsError, match=r"cannot be written .* give a run_dir that you may write to"):
         Recorder(Small(), run_dir=tmp_path / "file" / "run")
 
 
@@ -112,16 +124,30 @@ def test_a_directory_without_permission_is_refused(tmp_path: Path, monkeypatch: 
 
 
 def test_any_mapping_is_a_config_also_with_numbers_that_json_does_not_know(tmp_path: Path) -> None:
-    config = {"tau": float("inf"), 3: float("nan"), "lr": torch.tensor(0.5), "path": tmp_path, "betas": (0.9, 0.99)}
+    config: dict[Any, Any] = {
+        "tau": float("inf"),
+        3: float("nan"),
+        "lr": torch.tensor(0.5),
+        "path": tmp_path,
+        "betas": (0.9, 0.99),
+    }
     Recorder(Small(), run_dir=tmp_path / "run", config=config).close()
     kept = open_run(tmp_path / "run").info["config"]
-    assert kept == {"tau": "inf", "3": "nan", "lr": "tensor(0.5000)", "path": str(tmp_path), "betas": [0.9, 0.99]}
+    assert kept == {
+        "tau": "inf",
+        "3": "nan",
+        "lr": "tensor(0.5000)",
+        "path": str(tmp_path),
+        "betas": [0.9, 0.99],
+    }
 
 
 # --- once training has started -----------------------------------------------------------------------
 
 
-def train(model: nn.Module, recorder: Recorder | None, optimizer: torch.optim.Optimizer, losses: list[Any]) -> list[Tensor]:
+def train(
+    model: nn.Module, recorder: Recorder | None, optimizer: torch.optim.Optimizer, losses: list[Any]
+) -> list[Tensor]:
     for step, given in enumerate(losses):
         loss = model(batch(step)).square().mean()
         loss.backward()
@@ -237,7 +263,9 @@ def test_a_run_directory_deleted_meanwhile_is_told_once(tmp_path: Path) -> None:
 
 
 PLANTED: dict[str, tuple[type, str]] = {
-    "spectra": (MeasuredStep, "add_spectra"),
+    "spectra": (MeasuredStep, "_measure_weights"),
+    "weights": (MeasuredStep, "add_weights"),
+    "rows of a site": (MeasuredStep, "_measure_rows"),
     "updates": (UpdateSizes, "measure"),
     "captures": (UpdateWatch, "capture"),
     "weights before the step": (UpdateWatch, "_remember"),
@@ -246,6 +274,9 @@ PLANTED: dict[str, tuple[type, str]] = {
     "detectors": (Monitor, "feed"),
     "the background thread": (Stream, "absorb"),
 }
+
+
+OF_A_SITE = ("spectra", "weights", "rows of a site")
 
 
 @pytest.mark.parametrize("place", PLANTED)
@@ -263,13 +294,13 @@ def test_a_fault_planted_in_the_measuring_code_is_told_and_training_keeps_its_bi
 
     messages, _ = spoiled(tmp_path, ["own"] * 3, plant, pause_s=0.4)
     # A fault that belongs to a site is told once for each of the two, any other once.
-    assert len(messages) == (2 if place == "spectra" else 1)
+    assert len(messages) == (2 if place in OF_A_SITE else 1)
     assert all("planted" in message for message in messages)
     run = open_run(tmp_path / "run")
     assert run.info["faults"][0]["error"] == "ZeroDivisionError: planted"
     assert set(run.attention()["step"]) >= {0, 1, 2}
     assert run.info["state"] == "finished"
-    assert len(run.steps()) == 6 or place not in ("spectra", "detectors")
+    assert len(run.steps()) == 6 or place not in (*OF_A_SITE, "detectors")
 
 
 def test_warnings_turned_into_errors_do_not_stop_training(

@@ -50,7 +50,11 @@ def states() -> tuple[Any, ...]:
 
 
 def trained(
-    model: nn.Module, optimizer: Optimizer, recorder: Recorder | None, *, loop: Callable[..., Tensor] | None = None
+    model: nn.Module,
+    optimizer: Optimizer,
+    recorder: Recorder | None,
+    *,
+    loop: Callable[..., Tensor] | None = None,
 ) -> dict[str, Any]:
     """A few steps, and everything that a recorder could have changed."""
     seen: dict[str, Any] = {"losses": [], "gradients": []}
@@ -110,7 +114,9 @@ def assert_neutral(
 
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_with_dropout_is_bit_identical_under_every_optimizer(name: str, every: int, tmp_path: Path) -> None:
+def test_training_with_dropout_is_bit_identical_under_every_optimizer(
+    name: str, every: int, tmp_path: Path
+) -> None:
     assert_neutral(tmp_path, OPTIMIZERS[name], every=every)
 
 
@@ -181,7 +187,7 @@ def test_accumulated_micro_batches_are_bit_identical(tmp_path: Path) -> None:
         loss = torch.zeros(())
         for micro in range(3):
             loss = model(batch(10 * step + micro)).square().mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         optimizer.step()
         return loss
 
@@ -236,7 +242,12 @@ def test_a_bound_that_never_fires_is_bit_identical(tau: float | None, tmp_path: 
 def test_what_is_pickled_copied_or_saved_while_attached_carries_nothing_of_ours(tmp_path: Path) -> None:
     model = Small()
     optimizer = torch.optim.AdamW(model.parameters())
-    before = (set(vars(model)), sorted(model.state_dict()), pickle.dumps(model), sorted(optimizer.state_dict()))
+    before = (
+        set(vars(model)),
+        sorted(model.state_dict()),
+        pickle.dumps(model),
+        sorted(optimizer.state_dict()),
+    )
     with Recorder(model, optimizer, tmp_path / "run", every=1) as recorder:
         assert (set(vars(model)), sorted(model.state_dict()), pickle.dumps(model)) == before[:3]
         assert b"diagnostics" not in pickle.dumps(optimizer)
@@ -265,4 +276,7 @@ def test_closing_takes_every_hook_off(tmp_path: Path) -> None:
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
     assert torch._C._len_torch_function_stack() == 0
-    assert functions == (nn.functional.scaled_dot_product_attention, nn.functional.multi_head_attention_forward)
+    assert functions == (
+        nn.functional.scaled_dot_product_attention,
+        nn.functional.multi_head_attention_forward,
+    )

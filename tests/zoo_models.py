@@ -1,0 +1,18 @@
+"""The zoo: every architecture that the recorder is held against."""
+
+import zoo_libraries
+import zoo_own
+import zoo_timm
+import zoo_torch
+import zoo_transformers
+import zoo_transformers_more
+from zoo_case import Case
+
+CASES: tuple[Case, ...] = (
+    *zoo_torch.CASES,
+    *zoo_transformers.CASES,
+    *zoo_transformers_more.CASES,
+    *zoo_timm.CASES,
+    *zoo_libraries.CASES,
+    *zoo_own.CASES,
+)
