@@ -131,12 +131,15 @@ def _declare_vision_operators() -> None:
 def randomised(model: nn.Module) -> nn.Module:
     """Weights redrawn so that attention is far from uniform, norms' gains and biases moved off 1 and 0."""
     generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        noise = 0.3 * torch.randn(parameter.shape, generator=generator)
-        if sum(size > 1 for size in parameter.shape) > 1:
-            parameter.copy_(noise)
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        flat = sum(size > 1 for size in parameter.shape) <= 1
+        gain = name.endswith(("gamma", "_scale"))
+        if flat or gain:
+            parameter.add_(noise if gain and not flat else 0.3 * noise)
         else:
-            parameter.add_(noise)
+            parameter.copy_(noise if id(parameter) in embeddings else 0.3 * noise)
     return model
 
 

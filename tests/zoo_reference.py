@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoo_case import Array, Case, array, quiet_library
 
 _SOFTMAXES = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
+_FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _HIDDEN = -5e3
 """Masks are -1e4, finfo.min or -inf; the logits of these models stay within a few hundred, Swin's -100 included."""
 
@@ -97,6 +98,27 @@ def _add_row(answer: HeadAnswer, row: Array, *, sinks: bool) -> None:
         answer.fraction.append(entropy / float(np.log(visible.size)))
 
 
+def _fused_logits(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,  # noqa: FBT001, FBT002 - the signature of the operator
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Array:
+    """Logits of the fused kernel, which libraries that choose their kernel themselves do not decompose."""
+    q, k = array(query), array(key)
+    k = np.repeat(k, q.shape[1] // k.shape[1], axis=1)
+    logits: Array = (q @ k.swapaxes(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if attn_mask is not None:
+        logits = logits + array(attn_mask)
+    if is_causal:
+        logits = np.where(np.tri(*logits.shape[-2:], dtype=bool), logits, -np.inf)
+    return logits
+
+
 class _Softmaxes(TorchDispatchMode):
     """Collects the inputs of softmaxes over the last dimension inside the given modules."""
 
@@ -133,7 +155,9 @@ class _Softmaxes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if not self._running:
             return result
-        if func in _SOFTMAXES and args[0].ndim > 2 and args[1] in (-1, args[0].ndim - 1):  # noqa: PLR2004 - routers have 2
+        if func is _FUSED:
+            self.logits[self._running[-1]].append(_fused_logits(*args, **(kwargs or {})))
+        elif func in _SOFTMAXES and args[0].ndim > 2 and args[1] in (-1, args[0].ndim - 1):  # noqa: PLR2004 - routers have 2
             self._collect(args[0])
         elif func is torch.ops.aten.sub.Tensor and args[1].ndim and args[1].shape[-1] == 1:
             # Some models subtract the row's largest logit before the softmax; what they computed is what was there before.

@@ -32,6 +32,7 @@ def built(
     fields = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **config}
     fields |= dict.fromkeys(rates.split(), dropout)
     settings = getattr(transformers, f"{kind}Config")(**fields)
+    settings._experts_implementation = "eager"  # the grouped product of experts knows no float64
     if eager:
         settings._attn_implementation = "eager"
     model: nn.Module = getattr(transformers, f"{kind}{part}")(settings)

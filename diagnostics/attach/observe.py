@@ -176,6 +176,7 @@ class Observer:
         if func in SOFTMAXES:
             if self.trail:
                 self._contained_for(self._stack[-1][1], self._hand_over_softmax, args, kwargs)
+                self._contained(self.trail.saw, func, args, kwargs, result)
             return
         if self.trail or func in LOGIT_PRODUCTS:
             self._contained(self.trail.saw, func, args, kwargs, result)

@@ -4,8 +4,6 @@ They answer at once and are often right; a probe at the first measured step chec
 the same name stands for different layouts in different libraries.
 """
 
-import re
-from collections.abc import Iterator
 
 from torch import Tensor, nn
 
@@ -61,52 +59,10 @@ _HEAD_DIM = (
     "dk",
     "per_head_dim",
 )
-_MENTIONS_ATTENTION = re.compile(r"attn|attention|attend|softmax|sdpa|flex_|multi_?head", re.IGNORECASE)
-
 
 def candidate_sites(model: nn.Module) -> list[Site]:
     """The sites that names suggest, in module order, none of them verified."""
     return [site for name, module in model.named_modules() if (site := _candidate(name, module)) is not None]
-
-
-def may_hold_attention(model: nn.Module) -> bool:
-    """Whether any code of the model's own, or any name in it, speaks of attention.
-
-    Only a model without a single trace is refused at attach: what names do not show may still be found
-    at the first forward.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention) or _MENTIONS_ATTENTION.search(name):
-            return True
-        for kind in type(module).__mro__:
-            if kind.__module__ == "torch" or kind.__module__.startswith("torch.") or kind is object:
-                continue
-            if _MENTIONS_ATTENTION.search(kind.__name__) or any(
-                _MENTIONS_ATTENTION.search(word) for word in _words_of_code(kind)
-            ):
-                return True
-    return False
-
-
-def _words_of_code(kind: type) -> Iterator[str]:
-    """Every global and attribute name used by the functions of a class, and by the functions they name."""
-    waiting = [member.__code__ for member in vars(kind).values() if hasattr(member, "__code__")]
-    scopes = [member.__globals__ for member in vars(kind).values() if hasattr(member, "__globals__")]
-    seen = set()
-    while waiting:
-        code = waiting.pop()
-        if code in seen:
-            continue
-        seen.add(code)
-        yield from code.co_names
-        waiting += [constant for constant in code.co_consts if hasattr(constant, "co_names")]
-        for name in code.co_names:
-            for scope in scopes[:1]:
-                called = scope.get(name)
-                if hasattr(called, "__code__") and not str(getattr(called, "__module__", "")).startswith(
-                    "torch"
-                ):
-                    waiting.append(called.__code__)
 
 
 def _candidate(name: str, module: nn.Module) -> Site | None:

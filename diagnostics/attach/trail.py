@@ -65,13 +65,16 @@ class LogitTrail:
 
     def __init__(self) -> None:
         self._origins: dict[int, tuple[weakref.ref[Tensor], Origin]] = {}
+        # Attention weights, once through their softmax: their product with the values makes no logits.
+        self._weights: dict[int, weakref.ref[Tensor]] = {}
 
     def __bool__(self) -> bool:
         """Whether any tensor is being followed."""
-        return bool(self._origins)
+        return bool(self._origins or self._weights)
 
     def clear(self) -> None:
         self._origins.clear()
+        self._weights.clear()
 
     def saw(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: object
@@ -81,12 +84,17 @@ class LogitTrail:
             return
         if func in PRODUCTS:
             operands = _operands(func, args, kwargs)
-            if operands is not None:
+            if operands is not None and not any(self._is_weights(tensor) for tensor in _tensors(args)):
                 self._remember(result, Origin(*operands))
             return
-        if not self._origins or func in SOFTMAXES:
+        if func in SOFTMAXES:
+            if self.origin_of(args[0] if args else kwargs.get("input")) is not None:
+                self._remember_weights(result)
             return
         for source in _tensors(args):
+            if self._is_weights(source) and result.shape == source.shape:
+                self._remember_weights(result)
+                return
             origin = self.origin_of(source)
             if origin is not None and _still_logits(result, source):
                 self._remember(result, self._carried(func, args, source, result, origin))
@@ -128,6 +136,14 @@ class LogitTrail:
     def _remember(self, tensor: Tensor, origin: Origin) -> None:
         key = id(tensor)
         self._origins[key] = (weakref.ref(tensor, lambda _: self._origins.pop(key, None)), origin)
+
+    def _remember_weights(self, tensor: Tensor) -> None:
+        key = id(tensor)
+        self._weights[key] = weakref.ref(tensor, lambda _: self._weights.pop(key, None))
+
+    def _is_weights(self, tensor: Tensor) -> bool:
+        found = self._weights.get(id(tensor))
+        return found is not None and found() is tensor
 
     @staticmethod
     def _carried(

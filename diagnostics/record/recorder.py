@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from diagnostics.attach.book import SiteBook
 from diagnostics.attach.calls import AttentionCall
 from diagnostics.attach.observe import Observer
-from diagnostics.attach.rules import may_hold_attention
+from diagnostics.attach.traces import may_hold_attention
 from diagnostics.attach.site import Sites
 from diagnostics.control.controller import Controller
 from diagnostics.errors import NoAttentionError

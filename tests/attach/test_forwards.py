@@ -430,7 +430,7 @@ def test_half_precision_is_measured_in_float32_under_autocast(tmp_path: Path) ->
         return out.float().square().mean()  # type: ignore[no-any-return]
 
     run, _ = record(model, tmp_path / "run", loss)
-    q, k = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in caught[0].double().split(16, dim=-1)[:2])
+    q, k = (y.reshape(2, 8, 2, 8).transpose(1, 2) for y in torch.split(caught[0].double(), 16, dim=-1)[:2])
     assert caught[0].dtype == torch.bfloat16
     assert_attention(run, LAYERS[0], expected_attention(q, k, range(2), 8**-0.5, causal(8)))
 
