@@ -36,7 +36,7 @@ def record(
     with Recorder(model, used, run_dir, **{"every": 1, **options}) as recorder:
         for _ in range(steps):
             loss = forward()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             used.step()
             used.zero_grad()
             recorder.step(loss=loss)

@@ -31,13 +31,18 @@ class Heads:
     Attributes:
         wq, wk: for each query head its own Wq (K, D) and the Wk (K, D') of its own key head, float64.
         kv_heads: number of distinct key heads.
-        flags: what the recorder must say stands between the projections and the logits, at least.
+        flags: what the recorder must say stands between the projections and the logits.
+        arguable: flags that it may give as well.
+        mixed: whether the site has no single Wq and Wk (joint attention of two streams): then `wq` and `wk` give
+            sizes only, and spectra must be missing with a reason.
     """
 
     wq: tuple[Array, ...]
     wk: tuple[Array, ...]
     kv_heads: int
     flags: frozenset[str] = frozenset()
+    arguable: frozenset[str] = frozenset()
+    mixed: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -95,7 +100,7 @@ def imported(name: str) -> Any:
         ) from error
 
 
-class quiet_library(warnings.catch_warnings):  # type: ignore[type-arg]  # noqa: N801 - used as a function
+class quiet_library(warnings.catch_warnings):  # noqa: N801 - used as a function
     """Libraries deprecate their own ways at will; that is no finding about ours."""
 
     def __enter__(self) -> None:
@@ -121,9 +126,9 @@ def _declare_vision_operators() -> None:
             except OSError:
                 continue
             return
-    library = torch.library.Library("torchvision", "DEF")  # noqa: TOR901 - kept below for the process's life
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _vision_operators.append(library)
 
 
@@ -216,7 +221,9 @@ def fused(weight_od: Tensor, heads: int, flags: str = "", *, start: int = 0) -> 
     """A site whose one matrix has the rows [q heads; k heads; v heads]."""
     width = (weight_od.shape[0] - start) // 3
     size = width // heads
-    return site(cut(weight_od, heads, size, start=start), cut(weight_od, heads, size, start=start + width), flags)
+    return site(
+        cut(weight_od, heads, size, start=start), cut(weight_od, heads, size, start=start + width), flags
+    )
 
 
 def separate(query: Any, key: Any, head_dim: int, flags: str = "", **gains: Tensor) -> Heads:

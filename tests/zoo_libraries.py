@@ -1,9 +1,26 @@
 """Cases: x-transformers, diffusers and vit-pytorch."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
-from zoo_case import BATCH, LENGTH, VOCABULARY, WIDTH, Case, Heads, case, cut, features, fused, imported, padding, separate, site, tokens
+from zoo_case import (
+    BATCH,
+    LENGTH,
+    VOCABULARY,
+    WIDTH,
+    Case,
+    Heads,
+    case,
+    cut,
+    features,
+    fused,
+    imported,
+    padding,
+    separate,
+    site,
+    tokens,
+)
 
 H, G, K = 4, 2, 8
 
@@ -14,7 +31,14 @@ H, G, K = 4, 2, 8
 def _wrapped(dropout: float, kind: str = "Decoder", **options: Any) -> nn.Module:
     x = imported("x_transformers")
     layers = getattr(x, kind)(
-        dim=WIDTH, depth=2, heads=H, attn_dim_head=K, attn_dropout=dropout, ff_dropout=dropout, ff_mult=2, **options
+        dim=WIDTH,
+        depth=2,
+        heads=H,
+        attn_dim_head=K,
+        attn_dropout=dropout,
+        ff_dropout=dropout,
+        ff_mult=2,
+        **options,
     )
     model: nn.Module = x.TransformerWrapper(num_tokens=VOCABULARY, max_seq_len=LENGTH, attn_layers=layers)
     return model
@@ -66,7 +90,9 @@ def _forward_x_cross(model: Any) -> Tensor:
 
 def _diffusion_sites(model: nn.Module) -> dict[str, Heads]:
     return {
-        name: separate(m.to_q, m.to_k, m.to_q.weight.shape[0] // m.heads, "cross" if name.endswith("attn2") else "")
+        name: separate(
+            m.to_q, m.to_k, m.to_q.weight.shape[0] // m.heads, "cross" if name.endswith("attn2") else ""
+        )
         for name, m in model.named_modules()
         if hasattr(m, "to_q") and hasattr(m, "to_k")
     }
@@ -79,7 +105,9 @@ def _block(dropout: float) -> nn.Module:
 
 
 def _forward_block(model: Any) -> Tensor:
-    return _output(model(features(model, BATCH, LENGTH, WIDTH), encoder_hidden_states=features(model, BATCH, 7, 24)))
+    return _output(
+        model(features(model, BATCH, LENGTH, WIDTH), encoder_hidden_states=features(model, BATCH, 7, 24))
+    )
 
 
 def _unet(dropout: float) -> nn.Module:
@@ -92,7 +120,38 @@ def _unet(dropout: float) -> nn.Module:
 
 
 def _forward_unet(model: Any) -> Tensor:
-    return _output(model(features(model, BATCH, 4, 8, 8), 5, encoder_hidden_states=features(model, BATCH, 7, 24)))
+    return _output(
+        model(features(model, BATCH, 4, 8, 8), 5, encoder_hidden_states=features(model, BATCH, 7, 24))
+    )
+
+
+def _flux(dropout: float) -> nn.Module:
+    del dropout  # the architecture knows none
+    model: nn.Module = imported("diffusers").FluxTransformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=K, num_attention_heads=H,
+        joint_attention_dim=WIDTH, pooled_projection_dim=16, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    return model
+
+
+def _forward_flux(model: Any) -> Tensor:
+    return _output(
+        model(
+            features(model, BATCH, 16, 4), encoder_hidden_states=features(model, BATCH, 7, WIDTH),
+            pooled_projections=features(model, BATCH, 16), timestep=features(model, BATCH).abs(),
+            img_ids=features(model, 16, 3), txt_ids=features(model, 7, 3),
+        )
+    )  # fmt: skip
+
+
+def _flux_sites(model: Any) -> dict[str, Heads]:
+    """The first block attends over text and image together, each with projections of its own: no one Wq and Wk."""
+    found = {}
+    for name in ("transformer_blocks.0.attn", "single_transformer_blocks.0.attn"):
+        m = model.get_submodule(name)
+        heads = separate(m.to_q, m.to_k, K, "rope qk_norm", q=m.norm_q.weight, k=m.norm_k.weight)
+        found[name] = replace(heads, mixed=m.added_kv_proj_dim is not None)
+    return found
 
 
 # --- vit-pytorch --------------------------------------------------------------------------------------------
@@ -100,7 +159,15 @@ def _forward_unet(model: Any) -> Tensor:
 
 def _vit(module: str, kind: str, **options: Any) -> nn.Module:
     model: nn.Module = getattr(imported(f"vit_pytorch.{module}"), kind)(
-        image_size=16, patch_size=4, num_classes=5, dim=WIDTH, depth=2, heads=H, mlp_dim=48, dim_head=K, **options
+        image_size=16,
+        patch_size=4,
+        num_classes=5,
+        dim=WIDTH,
+        depth=2,
+        heads=H,
+        mlp_dim=48,
+        dim_head=K,
+        **options,
     )
     return model
 
@@ -138,6 +205,7 @@ CASES: tuple[Case, ...] = (
         "decoder with cross attention", "x-transformers", lambda p: _wrapped(p, cross_attend=True), _forward_x_cross, _x_sites,
     ),
     case("BasicTransformerBlock", "diffusers", _block, _forward_block, _diffusion_sites),
+    case("Flux, joint attention", "diffusers", _flux, _forward_flux, _flux_sites),
     case("UNet2DCondition", "diffusers", _unet, _forward_unet, _diffusion_sites),
     case("ViT", "vit-pytorch", lambda p: _vit("vit", "ViT", dropout=p, emb_dropout=p), _image, _vit_sites),
     case("SimpleViT", "vit-pytorch", lambda _: _vit("simple_vit", "SimpleViT"), _image, _vit_sites),

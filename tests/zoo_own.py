@@ -12,7 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import flex_attention as flex
-from zoo_case import LENGTH, VOCABULARY, WIDTH, Array, Case, Heads, array, case, cut, fused, quiet_library, site, tokens
+from zoo_case import (
+    LENGTH,
+    VOCABULARY,
+    WIDTH,
+    Array,
+    Case,
+    Heads,
+    array,
+    case,
+    cut,
+    fused,
+    quiet_library,
+    site,
+    tokens,
+)
 
 H, G, K = 4, 2, 8
 
@@ -36,7 +50,8 @@ class _Net(nn.Module):
 
 
 def _heads(x_btd: Tensor, heads: int = H) -> Tensor:
-    return x_btd.unflatten(-1, (heads, -1)).transpose(1, 2)
+    batch, length, width = x_btd.shape
+    return x_btd.view(batch, length, heads, width // heads).transpose(1, 2)
 
 
 def _hidden(length: int) -> Tensor:
@@ -58,7 +73,9 @@ class _NanoGPT(nn.Module):
         q_bhtk, k_bhsk, v_bhsk = (_heads(part) for part in self.c_attn(x_btd).split(WIDTH, dim=2))
         if self.flash:
             rate = self.dropout if self.training else 0.0
-            y_bhtk = functional.scaled_dot_product_attention(q_bhtk, k_bhsk, v_bhsk, dropout_p=rate, is_causal=True)
+            y_bhtk = functional.scaled_dot_product_attention(
+                q_bhtk, k_bhsk, v_bhsk, dropout_p=rate, is_causal=True
+            )
         else:
             att = (q_bhtk @ k_bhsk.transpose(-2, -1)) * (1.0 / math.sqrt(K))
             att = att.masked_fill(self.get_buffer("bias") == 0, float("-inf"))
@@ -78,7 +95,9 @@ class _OddlyNamed(nn.Module):
 
     def forward(self, x_btd: Tensor) -> Tensor:
         q_bthk = self.alpha(x_btd).unflatten(-1, (K, H)).transpose(-1, -2)
-        k_bsgk, v_bsgk = (f(x_btd).unflatten(-1, (G, K)).repeat_interleave(H // G, dim=2) for f in (self.beta, self.gamma))
+        k_bsgk, v_bsgk = (
+            f(x_btd).unflatten(-1, (G, K)).repeat_interleave(H // G, dim=2) for f in (self.beta, self.gamma)
+        )
         who = torch.einsum("bthk,bshk->bhts", q_bthk, k_bsgk) / K**0.5
         who = who + torch.zeros_like(who).masked_fill(_hidden(x_btd.shape[1]), -math.inf)
         mixed = torch.einsum("bhts,bshk->bthk", self.noise(who.softmax(-1)), v_bsgk)
@@ -96,18 +115,23 @@ class _Tensors(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.to_queries, self.to_keys, self.to_values = (nn.Parameter(torch.empty(H, WIDTH, K)) for _ in range(3))
+        self.to_queries, self.to_keys, self.to_values = (
+            nn.Parameter(torch.empty(H, WIDTH, K)) for _ in range(3)
+        )
         self.back = nn.Parameter(torch.empty(H, K, WIDTH))
 
     def forward(self, x_btd: Tensor) -> Tensor:
-        q, k, v = (torch.einsum("btd,hdk->bthk", x_btd, w) for w in (self.to_queries, self.to_keys, self.to_values))
+        q, k, v = (
+            torch.einsum("btd,hdk->bthk", x_btd, w) for w in (self.to_queries, self.to_keys, self.to_values)
+        )
         scores_bths = torch.einsum("bthk,bshk->bths", q, k) * K**-0.5
         weights_bths = torch.softmax(scores_bths, dim=-1)
         return torch.einsum("bths,bshk,hkd->btd", weights_bths, v, self.back)
 
 
 def _tensors(m: _Tensors) -> Heads:
-    return site(*([array(w[head].T) for head in range(H)] for w in (m.to_queries, m.to_keys)))
+    wq, wk = ([array(w[head].T) for head in range(H)] for w in (m.to_queries, m.to_keys))
+    return site(wq, wk)
 
 
 class _Matmul(nn.Module):
@@ -147,7 +171,9 @@ class _Flex(nn.Module):
         q, k, v = _heads(self.q_proj(x_btd)), _heads(self.k_proj(x_btd), G), _heads(self.v_proj(x_btd), G)
         mask = flex.create_block_mask(_causal, None, None, length, length, device=str(x_btd.device))
         score = _alibi if self.biased else None
-        with quiet_library():  # "without torch.compile() this uses an unfused implementation": a CPU has no other
+        with (
+            quiet_library()
+        ):  # "without torch.compile() this uses an unfused implementation": a CPU has no other
             y_bhtk: Any = flex.flex_attention(q, k, v, score_mod=score, block_mask=mask, enable_gqa=True)
         y_btd: Tensor = self.o_proj(y_bhtk.transpose(1, 2).flatten(2))
         return y_btd

@@ -65,7 +65,7 @@ def reference(case: Case, model: nn.Module, heads: Mapping[str, int]) -> dict[st
 
 def _by_head(logits: Array, heads: int) -> Array:
     """Logits as (B, H, T, S), from (B, H, T, S), (B, T, H, S) or (B H, T, S)."""
-    if logits.ndim == 3:  # noqa: PLR2004 - heads among the sequences
+    if logits.ndim == 3:
         return logits.reshape(-1, heads, *logits.shape[-2:])
     if logits.shape[1] != heads:
         logits = logits.swapaxes(1, 2)
@@ -115,7 +115,7 @@ def _fused_logits(
     if attn_mask is not None:
         logits = logits + array(attn_mask)
     if is_causal:
-        logits = np.where(np.tri(*logits.shape[-2:], dtype=bool), logits, -np.inf)
+        logits = np.where(np.tri(*logits.shape[-2:]) > 0, logits, -np.inf)
     return logits
 
 
@@ -123,7 +123,7 @@ class _Softmaxes(TorchDispatchMode):
     """Collects the inputs of softmaxes over the last dimension inside the given modules."""
 
     def __init__(self, model: nn.Module, sites: Iterable[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.logits: dict[str, list[Array]] = {name: [] for name in sites}
         self.sinks: dict[str, bool] = dict.fromkeys(self.logits, False)
         self._running: list[str] = []
@@ -147,7 +147,7 @@ class _Softmaxes(TorchDispatchMode):
     ) -> None:
         for handle in self._handles:
             handle.remove()
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -157,7 +157,7 @@ class _Softmaxes(TorchDispatchMode):
             return result
         if func is _FUSED:
             self.logits[self._running[-1]].append(_fused_logits(*args, **(kwargs or {})))
-        elif func in _SOFTMAXES and args[0].ndim > 2 and args[1] in (-1, args[0].ndim - 1):  # noqa: PLR2004 - routers have 2
+        elif func in _SOFTMAXES and args[0].ndim > 2 and args[1] in (-1, args[0].ndim - 1):
             self._collect(args[0])
         elif func is torch.ops.aten.sub.Tensor and args[1].ndim and args[1].shape[-1] == 1:
             # Some models subtract the row's largest logit before the softmax; what they computed is what was there before.

@@ -2,23 +2,30 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from zoo_case import BATCH, WIDTH, Case, Heads, case, cut, features, fused, imported, site
 
 H, K = 4, 8
 SMALL = {"num_classes": 5}
 PLAIN = {**SMALL, "img_size": 16, "patch_size": 4, "embed_dim": WIDTH, "depth": 2, "num_heads": H}
-SWIN = {**SMALL, "img_size": 16, "patch_size": 2, "embed_dim": 16, "depths": (2, 1), "num_heads": (2, 4), "window_size": 4}
+SWIN = {
+    **SMALL,
+    "img_size": 16,
+    "patch_size": 2,
+    "embed_dim": 16,
+    "depths": (2, 1),
+    "num_heads": (2, 4),
+    "window_size": 4,
+}
 
 
 def _made(name: str, options: dict[str, Any], dropout: float, *, flash: bool = True) -> nn.Module:
-    rates = {"proj_drop_rate": dropout, "attn_drop_rate": dropout}
+    rates = dict.fromkeys(("proj_drop_rate", "attn_drop_rate", "drop_path_rate"), dropout)
     model: nn.Module = imported("timm").create_model(name, **options, **rates)
     if not flash:
         for module in model.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = False
+            if "fused_attn" in vars(module):
+                vars(module)["fused_attn"] = False
     return model
 
 
@@ -58,7 +65,9 @@ def _head_first_sites(model: nn.Module) -> dict[str, Heads]:
         qkv = getattr(module, "qkv", None)
         if isinstance(qkv, nn.Module):
             weight = qkv.get_parameter("weight").flatten(1)
-            found[name] = site(cut(weight, H, K, stride=3 * K), cut(weight, H, K, start=K, stride=3 * K), "bias")
+            found[name] = site(
+                cut(weight, H, K, stride=3 * K), cut(weight, H, K, start=K, stride=3 * K), "bias"
+            )
     return found
 
 

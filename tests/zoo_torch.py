@@ -4,7 +4,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from zoo_case import BATCH, LENGTH, VOCABULARY, WIDTH, Case, Heads, case, cut, features, fused, padding, site, tokens
+from zoo_case import (
+    BATCH,
+    LENGTH,
+    VOCABULARY,
+    WIDTH,
+    Case,
+    Heads,
+    case,
+    cut,
+    features,
+    fused,
+    padding,
+    site,
+    tokens,
+)
 
 HEADS = 4
 
@@ -26,7 +40,8 @@ class _Attention(nn.Module):
             x_btd, key, value, attn_mask=causal, need_weights=self.need_weights,
             key_padding_mask=padding() == 0 if context is None else None,
         )  # fmt: skip
-        return x_btd + attended_btd
+        y_btd: Tensor = x_btd + attended_btd
+        return y_btd
 
 
 def _multi_head(module: nn.MultiheadAttention, flags: str = "") -> Heads:
@@ -69,7 +84,13 @@ class _Decoder(nn.Module):
 
     def forward(self, tokens_bt: Tensor, memory_bsd: Tensor) -> Tensor:
         hidden = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
-        return _run(self.body, self.embed(tokens_bt), memory_bsd, tgt_mask=hidden, memory_key_padding_mask=padding(length=9) == 0)
+        return _run(
+            self.body,
+            self.embed(tokens_bt),
+            memory_bsd,
+            tgt_mask=hidden,
+            memory_key_padding_mask=padding(length=9) == 0,
+        )
 
 
 def _layers(model: Any, body: str, *, cross: bool) -> dict[str, Heads]:

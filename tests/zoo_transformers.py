@@ -8,7 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from zoo_case import VOCABULARY, WIDTH, Array, Case, Heads, array, case, cut, fused, imported, padding, separate, site, tokens
+from zoo_case import (
+    VOCABULARY,
+    WIDTH,
+    Array,
+    Case,
+    Heads,
+    array,
+    case,
+    cut,
+    fused,
+    imported,
+    padding,
+    separate,
+    site,
+    tokens,
+)
 
 LAYERS = 2
 H, G, K = 4, 2, 8
@@ -16,7 +31,13 @@ Sites = Callable[[Any], dict[str, Heads]]
 
 
 def built(
-    kind: str, config: dict[str, Any], dropout: float, rates: str = "", *, part: str = "Model", eager: bool = False
+    kind: str,
+    config: dict[str, Any],
+    dropout: float,
+    rates: str = "",
+    *,
+    part: str = "Model",
+    eager: bool = False,
 ) -> nn.Module:
     """A tiny random model.
 
@@ -62,7 +83,9 @@ def text(
         named = {} if kind in ENCODERS else {"use_cache": False}
         return hidden(model, input_ids=tokens(), **mask, **named)
 
-    return case(name, "transformers", lambda p: built(kind, config, p, rates, eager=eager), forward, sites, **more)
+    return case(
+        name, "transformers", lambda p: built(kind, config, p, rates, eager=eager), forward, sites, **more
+    )
 
 
 ENCODERS = ("Bert", "Roberta", "ModernBert", "DistilBert", "DebertaV2", "Albert", "Electra")
@@ -90,7 +113,9 @@ def _normed(flags: str, *, one_plus: bool = False, head_dim: int = K) -> Sites:
     def of(m: Any, _: int) -> Heads:
         gains = {"q": array(m.q_norm.weight) + one_plus, "k": array(m.k_norm.weight) + one_plus}
         return site(
-            cut(m.q_proj.weight, H, head_dim, gain=gains["q"]), cut(m.k_proj.weight, G, head_dim, gain=gains["k"]), flags
+            cut(m.q_proj.weight, H, head_dim, gain=gains["q"]),
+            cut(m.k_proj.weight, G, head_dim, gain=gains["k"]),
+            flags,
         )
 
     return each("layers.{}.self_attn", of)
@@ -127,7 +152,11 @@ def _gpt2_cross(model: Any) -> dict[str, Heads]:
 def _forward_gpt2_cross(model: Any) -> Tensor:
     context = torch.randn(2, 7, WIDTH, generator=torch.Generator().manual_seed(4)).to(model.dtype)
     return hidden(
-        model, input_ids=tokens(), attention_mask=padding(left=True), encoder_hidden_states=context, use_cache=False
+        model,
+        input_ids=tokens(),
+        attention_mask=padding(left=True),
+        encoder_hidden_states=context,
+        use_cache=False,
     )
 
 
@@ -200,7 +229,11 @@ def _gated(model: Any) -> dict[str, Heads]:
     """Qwen3-Next: of each head's 2 K rows the first K are the query's, the others its gate's."""
     m = model.layers[1].self_attn
     wq = cut(m.q_proj.weight, H, K, stride=2 * K, gain=1 + array(m.q_norm.weight))
-    return {"layers.1.self_attn": site(wq, cut(m.k_proj.weight, G, K, gain=1 + array(m.k_norm.weight)), "rope qk_norm")}
+    return {
+        "layers.1.self_attn": site(
+            wq, cut(m.k_proj.weight, G, K, gain=1 + array(m.k_norm.weight)), "rope qk_norm"
+        )
+    }
 
 
 QWEN3_NEXT = {

@@ -4,8 +4,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from zoo_case import BATCH, VOCABULARY, WIDTH, Case, Heads, array, case, cut, features, fused, padding, separate, site, tokens
-from zoo_transformers import BERT, H, K, LAYERS, Sites, built, each, hidden
+from zoo_case import (
+    BATCH,
+    VOCABULARY,
+    WIDTH,
+    Case,
+    Heads,
+    case,
+    features,
+    padding,
+    separate,
+    tokens,
+)
+from zoo_transformers import BERT, LAYERS, H, K, Sites, built, each, hidden
 
 SEQ2SEQ = {
     "d_model": WIDTH, "encoder_layers": LAYERS, "decoder_layers": LAYERS, "encoder_attention_heads": H,
@@ -46,19 +57,31 @@ def _seq2seq(model: Any) -> dict[str, Heads]:
 
 def _forward_seq2seq(model: Any) -> Tensor:
     return hidden(
-        model, input_ids=tokens(), attention_mask=padding(), decoder_input_ids=tokens(length=7), use_cache=False
+        model,
+        input_ids=tokens(),
+        attention_mask=padding(),
+        decoder_input_ids=tokens(length=7),
+        use_cache=False,
     )
 
 
 def _forward_whisper(model: Any) -> Tensor:
     return hidden(
-        model, input_features=features(model, BATCH, 8, 24), decoder_input_ids=tokens(length=7), use_cache=False
+        model,
+        input_features=features(model, BATCH, 8, 24),
+        decoder_input_ids=tokens(length=7),
+        use_cache=False,
     )
 
 
 def _forward_clip(model: Any) -> Tensor:
     out = model(input_ids=tokens(), attention_mask=padding(), pixel_values=_pixels(model))
-    return torch.cat([out.text_model_output.last_hidden_state.flatten(), out.vision_model_output.last_hidden_state.flatten()])
+    return torch.cat(
+        [
+            out.text_model_output.last_hidden_state.flatten(),
+            out.vision_model_output.last_hidden_state.flatten(),
+        ]
+    )
 
 
 def _clip(model: Any) -> dict[str, Heads]:
@@ -91,8 +114,8 @@ def _swin(flags: str, query: str, key: str) -> Sites:
 
 SWIN = {
     "image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4], "window_size": 4,
-    "drop_path_rate": 0.0,
 }  # fmt: skip
+SWIN_RATES = "hidden_dropout_prob attention_probs_dropout_prob drop_path_rate"
 MAMBA2 = {
     "hidden_size": WIDTH, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "expand": 2, "state_size": 8,
     "n_groups": 1, "chunk_size": 8,
@@ -134,13 +157,10 @@ CASES: tuple[Case, ...] = (
         lambda p: built("CLIP", {"text_config": {**BERT, "vocab_size": VOCABULARY, "eos_token_id": 2, "attention_dropout": p}, "vision_config": {**BERT, **IMAGE, "attention_dropout": p}}, p),
         _forward_clip, _clip,
     ),
-    _vision("Swin", "Swin", SWIN, _swin("bias", "q_proj", "k_proj"), "hidden_dropout_prob attention_probs_dropout_prob"),
-    _vision(
-        "Swin V2, cosine", "Swinv2", SWIN, _swin("bias qk_norm", "query", "key"),
-        "hidden_dropout_prob attention_probs_dropout_prob",
-    ),
+    _vision("Swin", "Swin", SWIN, _swin("bias", "q_proj", "k_proj"), SWIN_RATES),
+    _vision("Swin V2, cosine", "Swinv2", SWIN, _swin("bias qk_norm", "query", "key"), SWIN_RATES),
     case(
         "Mamba 2, no attention", "transformers", lambda p: built("Mamba2", MAMBA2, p),
-        lambda m: hidden(m, input_ids=tokens(), use_cache=False), lambda m: {}, skipped=("layers.0.mixer", "layers.1.mixer"),
+        lambda m: hidden(m, input_ids=tokens(), use_cache=False), lambda _: {}, skipped=("layers.0.mixer", "layers.1.mixer"),
     ),
 )  # fmt: skip

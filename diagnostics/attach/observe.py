@@ -7,7 +7,8 @@ or saved while attached carries nothing of ours, and torch's own fast paths stay
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils.hooks import RemovableHandle
 
+from diagnostics.attach.beside import Beside
 from diagnostics.attach.calls import AttentionCall, multi_head_call, scaled_dot_product_call
 from diagnostics.attach.probe import Product
 from diagnostics.attach.trail import PRODUCTS as LOGIT_PRODUCTS
@@ -78,18 +80,40 @@ class Observer:
         self._thread: int | None = None
         self._mode: _Mode | None = None
         self._paused_below = 0
+        self._force = False
+        self._compiled = False
+        self._beside = Beside(
+            model, observed=self._forced, with_graph=lambda: self.wants_products, contained=contained
+        )
         self.trail = LogitTrail()
         self.products: deque[Product] = deque(maxlen=_PRODUCTS_KEPT)
         self.wants_products = True
         """Whether matrix products are to be remembered, for the probe; off once every layout is known."""
 
-    def arm(self) -> None:
-        """From now on, forwards of the model are observed."""
+    @property
+    def way(self) -> str:
+        """How forwards are observed, for the run's metadata."""
+        return "beside the compiled forward" if self._compiled else "in the training forward"
+
+    def arm(self, *, look_again: bool = False) -> None:
+        """From now on, forwards of the model are observed.
+
+        Args:
+            look_again: whether to search the process for compiled wrappers of the model once more.
+        """
         if self._handles:
             return
         # Named anew each time, so that layers added or replaced meanwhile are known.
         self._names = {id(module): name for name, module in self._model.named_modules()}
         self._parameters = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        entries = self._beside.entries(look_again=look_again)
+        self._compiled = bool(entries)
+        if entries:
+            self._beside.arm(entries)
+        else:
+            self._hook()
+
+    def _hook(self) -> None:
         self._handles = [
             register_module_forward_pre_hook(self._enter),
             register_module_forward_hook(self._leave, always_call=True),
@@ -101,6 +125,10 @@ class Observer:
         For the training thread between two forwards: torch walks its table of hooks while a forward raises,
         and keeps function modes per thread.
         """
+        self._beside.disarm()
+        self._unhook()
+
+    def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -110,12 +138,25 @@ class Observer:
         self.products.clear()
         self.trail.clear()
 
+    @contextmanager
+    def _forced(self) -> Iterator[None]:
+        """Within it, every forward of the model is observed."""
+        self._force = True
+        self._hook()
+        try:
+            yield
+        finally:
+            self._force = False
+            self._unhook()
+
     def _enter(self, module: nn.Module, _: object) -> None:
+        if torch.compiler.is_compiling():
+            return  # a region that was compiled unknown to us: traced into nothing, it neither breaks nor sees
         name = self._names.get(id(module))
         if name is None:
             return
         if not self._stack:
-            if not self._starts_forward():
+            if not (self._force or self._starts_forward()):
                 return
             self._thread = threading.get_ident()
         elif self._thread != threading.get_ident():
@@ -130,6 +171,8 @@ class Observer:
             self._start_mode()
 
     def _leave(self, module: nn.Module, _: object, __: object) -> None:
+        if torch.compiler.is_compiling():
+            return
         if self._thread != threading.get_ident() or all(id(module) != running for running, _ in self._stack):
             return
         # A module whose forward raised may have left others above itself.
@@ -159,7 +202,7 @@ class Observer:
 
     def _stop_mode(self) -> None:
         # Modes are a stack: where somebody else's lies on top, ours waits for the next call of this.
-        if self._mode is not None and _get_current_function_mode() is self._mode:  # type: ignore[no-untyped-call]
+        if self._mode is not None and _get_current_function_mode() is self._mode:
             self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._mode = None
 
@@ -237,4 +280,3 @@ class _Mode(TorchFunctionMode):
         if isinstance(result, Tensor) or func in _CALLS:  # multi_head_attention_forward gives a pair
             self._observer.saw(func, args, named, result)
         return result
-

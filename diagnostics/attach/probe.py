@@ -14,7 +14,6 @@ from torch import Tensor
 
 from diagnostics.attach.site import Projection
 
-
 DOMINANCE = 3.0
 """How many times the gradient of any other block a head's own must have, under a norm over all heads."""
 

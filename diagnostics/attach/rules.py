@@ -4,7 +4,6 @@ They answer at once and are often right; a probe at the first measured step chec
 the same name stands for different layouts in different libraries.
 """
 
-
 from torch import Tensor, nn
 
 from diagnostics.attach.site import Projection, Site, contiguous_rows
@@ -59,6 +58,7 @@ _HEAD_DIM = (
     "dk",
     "per_head_dim",
 )
+
 
 def candidate_sites(model: nn.Module) -> list[Site]:
     """The sites that names suggest, in module order, none of them verified."""

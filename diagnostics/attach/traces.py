@@ -21,18 +21,24 @@ _TRACES = re.compile(
 def may_hold_attention(model: nn.Module) -> bool:
     """Whether any name in the model, or any code of its own, leaves room for attention."""
     return any(
-        isinstance(module, nn.MultiheadAttention | nn.Softmax) or _TRACES.search(name) or _shows_traces(module)
+        isinstance(module, nn.MultiheadAttention | nn.Softmax)
+        or _TRACES.search(name)
+        or _shows_traces(module)
         for name, module in model.named_modules()
     )
 
 
 def _shows_traces(module: nn.Module) -> bool:
-    own_kinds = [kind for kind in type(module).__mro__ if not _is_torchs(kind.__module__) and kind is not object]
+    own_kinds = [
+        kind for kind in type(module).__mro__ if not _is_torchs(kind.__module__) and kind is not object
+    ]
     if any(_TRACES.search(kind.__name__) for kind in own_kinds):
         return True
     members = [member for kind in own_kinds for member in vars(kind).values() if callable(member)]
     # A function handed to the constructor is part of the model's code as well.
-    members += [value for value in vars(module).values() if callable(value) and not isinstance(value, nn.Module)]
+    members += [
+        value for value in vars(module).values() if callable(value) and not isinstance(value, nn.Module)
+    ]
     return any(_TRACES.search(word) for member in members for word in _words(member, set()))
 
 

@@ -110,7 +110,8 @@ class LogitTrail:
         """The attention call that a softmax is, None where its input is no product of two activations.
 
         Args:
-            args, kwargs: of the softmax.
+            args: of the softmax.
+            kwargs: of the softmax.
             heads: query heads, should the logits not show them.
         """
         logits = args[0] if args else kwargs.get("input")
@@ -171,7 +172,7 @@ class LogitTrail:
 def _operands(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor] | None:
-    """q and k of a product of two activations, (..., T, K) and (..., S, K)."""
+    """Q and k of a product of two activations, (..., T, K) and (..., S, K)."""
     if func is torch.einsum:
         return _einsum_operands(args)
     if func in (torch.baddbmm, torch.Tensor.baddbmm):

@@ -54,7 +54,7 @@ def train_arm(
             inputs_bt, targets_bt = batches.next()
             loss = functional.cross_entropy(model(inputs_bt).flatten(0, 1), targets_bt.flatten())
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             # The command has to lie in the inbox before the step is closed: it is then applied to the next
             # one on every machine, however long another process takes to start.

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from diagnostics.attach.book import SiteBook
 from diagnostics.attach.calls import AttentionCall
 from diagnostics.attach.observe import Observer
-from diagnostics.attach.traces import may_hold_attention
 from diagnostics.attach.site import Sites
+from diagnostics.attach.traces import may_hold_attention
 from diagnostics.control.controller import Controller
 from diagnostics.errors import NoAttentionError
 from diagnostics.record.border import Border, Fault
@@ -30,6 +30,7 @@ from diagnostics.record.schedule import is_measured, next_measured
 from diagnostics.record.stream import Handed, Stream
 from diagnostics.record.update_sizes import UpdateSizes
 from diagnostics.record.update_watch import UpdateWatch
+from diagnostics.remedies.spectral_bound import active_bounds
 from diagnostics.store.format import TABLES
 from diagnostics.store.write import Worker
 
@@ -126,6 +127,7 @@ class Recorder:
         self._seen: set[str] = set()
         self._seen_before_forward: set[str] = set()
         self._checked_for_blindness = False
+        self._saw_nothing = False
         self._timing = False
         self._overhead_s = 0.0
         self._overhead_in_step_s = 0.0
@@ -297,7 +299,7 @@ class Recorder:
         self._seen = set()
         self._seen_before_forward = set()
         self._observer.wants_products = not self._book.settled
-        self._observer.arm()
+        self._observer.arm(look_again=self._saw_nothing)
         self._updates.arm(self._contained)
 
     def _disarm(self) -> None:
@@ -309,6 +311,12 @@ class Recorder:
         sites = [site.to_dict() for site in self._book.sites]
         overhead = self.overhead
         left_out = dict(self._updates.left_out)
+        way = self._observer.way
+        remedies = [
+            {"name": bound.name, "tau": bound.tau}
+            for optimizer in self._optimizers
+            for bound in active_bounds(optimizer)
+        ]
         # The copies of one measured step wait at most; a worker that is behind is given a little time.
         if not self._slot.acquire(timeout=_SLOT_WAIT_S):
             self._tell_lost(step, "the writer is busy")
@@ -322,7 +330,11 @@ class Recorder:
             finally:
                 self._slot.release()
             self._stream.update_manifest(
-                skipped=dict(self._book.skipped), overhead=overhead, updates_left_out=left_out
+                skipped=dict(self._book.skipped),
+                overhead=overhead,
+                updates_left_out=left_out,
+                attention_observed=way,
+                remedies=remedies,
             )
             self._stream.close_measured(step, measured, sites)
 
@@ -335,6 +347,7 @@ class Recorder:
         self._stream.announce("warning", "warning", message, {"step": step})
 
     def _report_blindness(self, measured: MeasuredStep) -> None:
+        self._saw_nothing = not measured.saw_attention
         if measured.saw_attention:
             self._book.end_step()
         if measured.saw_attention or self._border.faults or self._checked_for_blindness:

@@ -33,7 +33,8 @@ class Eager(nn.Module):
         q_bhtk, k_bgtk = self.projected(x_btd)
         attention_bhtt = self.write(q_bhtk, k_bgtk)
         value_bhtk = torch.tanh(x_btd).view(B, T, H, K).transpose(1, 2)
-        return attention_bhtt @ value_bhtk
+        y_bhtk: Tensor = attention_bhtt @ value_bhtk
+        return y_bhtk
 
     def projected(self, x_btd: Tensor) -> tuple[Tensor, Tensor]:
         q_bhtk = self.alpha(x_btd).view(B, T, H, K).transpose(1, 2)
@@ -96,7 +97,7 @@ def test_attention_written_out_is_measured_as_the_model_computes_it(name: str, t
     q_bhtk, k_bhtk = model.projected(x_btd)
     added = causal(T) if name in CAUSAL else None
     assert_attention(run, "", expected_attention(q_bhtk, k_bhtk, range(H), K**-0.5, added))
-    assert_spectra(run, "", model.alpha.weight.view(H, K, D), model.beta.weight.view(H, K, D))
+    assert_spectra(run, "", list(model.alpha.weight.view(H, K, D)), list(model.beta.weight.view(H, K, D)))
 
 
 def test_one_key_head_broadcast_over_the_query_heads_is_paired_with_all_of_them(tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_one_key_head_broadcast_over_the_query_heads_is_paired_with_all_of_them(
     assert (site_named(recorder, "").heads, site_named(recorder, "").kv_heads) == (H, 1)
     q_bhtk, k_bgtk = model.projected(x_btd)
     assert_attention(run, "", expected_attention(q_bhtk, k_bgtk, [0] * H, K**-0.5))
-    assert_spectra(run, "", model.alpha.weight.view(H, K, D), model.beta.weight.expand(H, K, D))
+    assert_spectra(run, "", list(model.alpha.weight.view(H, K, D)), list(model.beta.weight.expand(H, K, D)))
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,8 @@ def test_a_softmax_that_is_no_attention_is_left_alone(tmp_path: Path) -> None:
         def forward(self, x_btd: Tensor) -> Tensor:
             y_bhtk = self.attention(x_btd)
             weights = self.router(y_bhtk).softmax(-1)
-            return (weights[..., :1] * y_bhtk).softmax(-1)
+            mixed: Tensor = (weights[..., :1] * y_bhtk).softmax(-1)
+            return mixed
 
     model = Router()
     x_btd = torch.randn(B, T, D)

@@ -140,7 +140,7 @@ def test_a_closure_is_bit_identical_and_its_updates_are_seen(tmp_path: Path) -> 
         def closure() -> Tensor:
             optimizer.zero_grad()
             loss: Tensor = model(batch(step)).square().mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             return loss
 
         return optimizer.step(closure)  # type: ignore[arg-type, return-value]
@@ -160,7 +160,7 @@ def test_skipped_optimizer_steps_are_bit_identical_and_leave_no_update_rows(tmp_
     def loop(model: nn.Module, optimizer: Optimizer, step: int) -> Tensor:
         optimizer.zero_grad()
         loss: Tensor = model(batch(step)).square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if step != 2:  # as a GradScaler does on an overflow
             optimizer.step()
         return loss
@@ -174,7 +174,7 @@ def test_autocast_is_bit_identical(tmp_path: Path) -> None:
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             loss: Tensor = model(batch(step)).float().square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         return loss
 

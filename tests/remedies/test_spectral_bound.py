@@ -36,7 +36,7 @@ def bounded_steps(
     history = []
     for step in range(steps):
         optimizer.zero_grad()
-        loss(step).backward()  # type: ignore[no-untyped-call]
+        loss(step).backward()
         before = {name: part.detach().clone() for name, part in parts().items()}
         optimizer.step()
         after = parts()
@@ -116,12 +116,12 @@ def test_a_step_inside_a_closure_is_bounded_from_the_first_on() -> None:
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss: Tensor = model(batch(0)).square().mean() * 100
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     with SpectralBound(optimizer, TAU) as bound:
         before = {name: part.detach().clone() for name, part in matrices_of(model).items()}
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        optimizer.step(closure)
         after = matrices_of(model)
     assert bound.summary()["steps"] == 1
     assert bound.summary()["smallest_scale"] < 1.0
@@ -158,7 +158,7 @@ def test_vectors_embeddings_and_a_tied_head_are_left_alone() -> None:
     bound = SpectralBound(optimizers[0], 1e-4)
     for m, optimizer in zip((model, twin), optimizers, strict=True):
         torch.manual_seed(1)
-        small_loss(m)(0).backward()  # type: ignore[no-untyped-call]
+        small_loss(m)(0).backward()
         optimizer.step()
     plain = dict(twin.named_parameters())
     assert model.head.weight is model.embed.weight
