@@ -68,7 +68,8 @@ def in_place(q: Tensor, k: Tensor) -> Tensor:
     logits = q @ k.mT
     logits *= K**-0.5
     logits += causal(T)
-    return functional.softmax(logits.float(), dim=-1).type_as(logits)
+    weights: Tensor = functional.softmax(logits.float(), dim=-1).type_as(logits)
+    return weights
 
 
 def kept_in_range(q: Tensor, k: Tensor) -> Tensor:
