@@ -90,14 +90,14 @@ def case(
 
 def imported(name: str) -> Any:
     """A library of the zoo, imported when it is first needed and silenced while it is."""
-    _declare_vision_operators()
-    try:
-        with quiet_library():
-            return importlib.import_module(name)
-    except ModuleNotFoundError as error:
+    package = name.partition(".")[0]
+    if importlib.util.find_spec(package) is None:
         raise MissingLibraryError(
-            f"{error.name} is not installed; `make test` installs it, or pip install -e '.[zoo]'"
-        ) from error
+            f"{package} is not installed; `make test` installs it, or pip install -e '.[zoo]'"
+        )
+    _declare_vision_operators()
+    with quiet_library():
+        return importlib.import_module(name)
 
 
 class quiet_library(warnings.catch_warnings):  # noqa: N801 - used as a function

@@ -43,6 +43,7 @@ class Recorded:
         warned: what the recorder warned of.
         faults: what it noted as its own faults.
         refused: why it would not attach, empty where it did.
+        left: what it had hooked, patched or changed and did not undo.
         expected: what is known by hand.
         answers: attention columns by site and head in float64.
     """
@@ -53,8 +54,14 @@ class Recorded:
     warned: tuple[str, ...]
     faults: tuple[str, ...]
     refused: str
+    left: list[str]
     expected: dict[str, Heads]
     answers: dict[str, list[dict[str, float]]]
+
+    @property
+    def single(self) -> dict[str, Heads]:
+        """The sites whose heads have one Wq and one Wk."""
+        return {name: heads for name, heads in self.expected.items() if not heads.mixed}
 
 
 def record(case: Case, run_dir: Path) -> Recorded:
@@ -64,20 +71,25 @@ def record(case: Case, run_dir: Path) -> Recorded:
     assert expected or case.skipped, f"{case.name}: the case itself finds none of its sites"
     answers = reference(case, model, {name: len(heads.wq) for name, heads in expected.items()})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    before = _surroundings(model, optimizer)
     with _collected_warnings() as warned:
         try:
             recorder = Recorder(model, optimizer, run_dir, every=1)
         except NoAttentionError as error:
-            return Recorded(Sites(), pd.DataFrame(), pd.DataFrame(), (), (), str(error), expected, answers)
+            return Recorded(
+                Sites(), pd.DataFrame(), pd.DataFrame(), (), (), str(error), [], expected, answers
+            )
         with recorder:
             loss = case.loss(model)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             recorder.step(loss=loss)
+    after = _surroundings(model, optimizer)
     run = open_run(run_dir)
     faults = tuple(str(fault["error"]) for fault in run.info["faults"])
     own = tuple(str(w.message) for w in warned if issubclass(w.category, RecorderWarning))
-    return Recorded(recorder.sites, run.attention(), run.spectra(), own, faults, "", expected, answers)
+    left = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
+    return Recorded(recorder.sites, run.attention(), run.spectra(), own, faults, "", left, expected, answers)
 
 
 @contextmanager
@@ -140,9 +152,9 @@ def _trained(case: Case, model: nn.Module, run_dir: Path | None, steps: int = 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     seen: dict[str, Any] = {"losses": [], "gradients": []}
     torch.manual_seed(0)
-    recorder = None if run_dir is None else attached(model, optimizer, run_dir)
+    recorder = None if run_dir is None else _attached(model, optimizer, run_dir)
     for _ in range(steps):
-        loss, gradients = one_step(case, model, optimizer, recorder)
+        loss, gradients = _one_step(case, model, optimizer, recorder)
         seen["losses"].append(loss)
         seen["gradients"].append(gradients)
     if recorder is not None:
@@ -153,7 +165,7 @@ def _trained(case: Case, model: nn.Module, run_dir: Path | None, steps: int = 2)
     return seen
 
 
-def attached(model: nn.Module, optimizer: torch.optim.Optimizer, run_dir: Path) -> Recorder | None:
+def _attached(model: nn.Module, optimizer: torch.optim.Optimizer, run_dir: Path) -> Recorder | None:
     """A recorder that measures every step, None where the model has no attention and it therefore refuses."""
     with _collected_warnings():
         try:
@@ -162,7 +174,7 @@ def attached(model: nn.Module, optimizer: torch.optim.Optimizer, run_dir: Path) 
             return None
 
 
-def one_step(
+def _one_step(
     case: Case, model: nn.Module, optimizer: torch.optim.Optimizer, recorder: Recorder | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One training step; its loss and gradients."""
@@ -177,7 +189,7 @@ def one_step(
     return loss.detach().clone(), gradients
 
 
-def surroundings(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _surroundings(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """All that a recorder could have hooked, patched or left behind."""
     found: dict[str, Any] = {
         "global hooks": [

@@ -61,7 +61,8 @@ def flattened_batches(q: Tensor, k: Tensor) -> Tensor:
     logits = torch.baddbmm(
         torch.zeros(1, 1, 1), q.reshape(B * H, T, K), k.reshape(B * H, T, K).mT, beta=0.0, alpha=K**-0.5
     )
-    return nn.Softmax(dim=-1)(logits.view(B, H, T, T))
+    weights: Tensor = nn.Softmax(dim=-1)(logits.view(B, H, T, T))
+    return weights
 
 
 def in_place(q: Tensor, k: Tensor) -> Tensor:

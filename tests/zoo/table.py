@@ -61,9 +61,7 @@ def _row(case: Case) -> tuple[str, ...]:
         _each(f"{site.heads} / {site.kv_heads} x {site.head_dim}" for site in sites),
         _each(site.layout for site in sites),
         _each(flag for site in sites for flag in site.flags),
-        _number(
-            max(spectra_error(recorded, name) for name, heads in recorded.expected.items() if not heads.mixed)
-        ),
+        _number(max(spectra_error(recorded, name) for name in recorded.single)),
         _number(max(_entropy_error(recorded, name) for name in recorded.expected)),
         _number(
             max(
