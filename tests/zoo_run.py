@@ -81,7 +81,7 @@ def record(case: Case, run_dir: Path) -> Recorded:
             )
         with recorder:
             loss = case.loss(model)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             recorder.step(loss=loss)
     after = _surroundings(model, optimizer)
