@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from diagnostics.attach.calls import AttentionCall
+from diagnostics.attach.flags import OF_THE_PROJECTIONS, call_flags
 from diagnostics.attach.observe import Observer
 from diagnostics.attach.probe import Product, Support, agrees, supports_of
 from diagnostics.attach.rules import candidate_sites
@@ -88,7 +89,8 @@ class SiteBook:
         if not self._wanted(site.name):
             self._unwanted.add(tuple(path))
             return None
-        site = site.with_flags(*call.flags, *(("bias",) if call.has_bias else ()))
+        kept = tuple(flag for flag in site.flags if flag in OF_THE_PROJECTIONS)
+        site = replace(site, flags=kept).with_flags(*call_flags(call, site, observer.products))
         self._known[site.name] = site
         if site.verified == "no" and not observer.wants_products:
             self._met_unprobed = True  # first called late: probed at its call in the next measured step

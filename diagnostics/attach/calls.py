@@ -5,6 +5,7 @@ Shape suffixes: B sequences, H query heads, G key heads, T query rows, S keys, K
 
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,8 @@ class AttentionCall:
         cross: whether the call itself says that queries and keys come from different tensors.
         logits_bhts: the logits as the model computed them, mask and bias included; where given, they are what is
             measured, and `scale`, `is_causal` and `mask` say nothing.
+        logits_of: gives the logits of some sequences and rows, (B, H, R, S), -inf where hidden; for calls whose
+            logits are a function of the indices.
         flags: what was seen between q k^T and the softmax.
     """
 
@@ -46,6 +49,7 @@ class AttentionCall:
     weights: tuple[tuple[Tensor, int], tuple[Tensor, int]] | None = None
     cross: bool = False
     logits_bhts: Tensor | None = None
+    logits_of: Callable[[Tensor, Tensor], Tensor] | None = None
     flags: tuple[str, ...] = ()
 
     @property

@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils.hooks import RemovableHandle
 
+from diagnostics.attach import flex
 from diagnostics.attach.beside import Beside
 from diagnostics.attach.calls import AttentionCall, multi_head_call, scaled_dot_product_call
 from diagnostics.attach.probe import Product
@@ -25,6 +26,7 @@ from diagnostics.attach.trail import PRODUCTS as LOGIT_PRODUCTS
 from diagnostics.attach.trail import SOFTMAXES, LogitTrail
 
 _CALLS: Mapping[Callable[..., Any], Callable[..., AttentionCall]] = {
+    flex.OPERATOR: flex.flex_call,
     functional.scaled_dot_product_attention: scaled_dot_product_call,
     functional.multi_head_attention_forward: multi_head_call,
 }
@@ -234,9 +236,14 @@ class Observer:
 
     def _hand_over_softmax(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         path = tuple(name for _, name in self._stack)
-        call = self.trail.call_of(args, kwargs, self._heads_at(path))
+        call = self.trail.call_of(args, kwargs, self._heads_at(path), self._batch())
         if call is not None:
             self._on_call(call, path, self)
+
+    def _batch(self) -> int | None:
+        """Sequences in the batch, as the last projection before the call shows them."""
+        shown = [product.output.shape[0] for product in self.products if product.output.ndim > 2]  # noqa: PLR2004 - (B, T, features)
+        return shown[-1] if shown else None
 
     def _remember(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor
@@ -277,6 +284,8 @@ class _Mode(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401 - whatever the function returns
         named = kwargs or {}
         result = func(*args, **named)
+        if torch.compiler.is_compiling():
+            return result  # FlexAttention compiles itself even in an eager model, and traces whatever mode is active
         if isinstance(result, Tensor) or func in _CALLS:  # multi_head_attention_forward gives a pair
             self._observer.saw(func, args, named, result)
         return result

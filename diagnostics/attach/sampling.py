@@ -30,6 +30,8 @@ class ObservedRows:
     visible: Tensor | None = None
     bias: Tensor | None = None
     logits_bhrs: Tensor | None = None
+    sinks: int = 0
+    """Columns at the end of the logits that are no keys but take weight like one."""
 
     @property
     def device(self) -> torch.device:
@@ -40,7 +42,7 @@ class ObservedRows:
     def statistics(self) -> RowStatistics:
         """The rows measured: entropy, its bound, largest logit, map rank."""
         if self.logits_bhrs is not None:
-            return observe_logits(self.logits_bhrs)
+            return observe_logits(self.logits_bhrs, sinks=self.sinks)
         assert self.q_bhrk is not None
         assert self.k_bgsk is not None
         return observe_rows(self.q_bhrk, self.k_bgsk, scale=self.scale, visible=self.visible, bias=self.bias)
@@ -52,19 +54,29 @@ def spread(count: int, wanted: int) -> list[int]:
     return [((2 * index + 1) * count) // (2 * wanted) for index in range(wanted)]
 
 
-def observed_rows(call: AttentionCall, rows: int = ROWS) -> ObservedRows:
-    """At most `rows` query rows per head, stratified over a few sequences of the batch."""
-    if call.logits_bhts is not None:
-        batch, _, length, keys = call.logits_bhts.shape
-    else:
-        batch, _, length, _ = call.q_bhtk.shape
-        keys = call.k_bgsk.shape[2]
-    sequence_count = min(batch, max(SEQUENCES, rows // max(1, length)))
+def observed_rows(
+    call: AttentionCall, *, sequences_b: Tensor | None = None, rows_r: Tensor | None = None
+) -> ObservedRows:
+    """The rows of a call that are measured.
+
+    Args:
+        call: the attention call.
+        sequences_b: which sequences, None: a few of the batch.
+        rows_r: which query rows, None: so many, stratified, that they are at most `ROWS` per head.
+    """
+    keys = call.k_bgsk.shape[2]
+    batch, _, length, _ = (call.q_bhtk if call.logits_bhts is None else call.logits_bhts).shape
     device = call.q_bhtk.device
-    sequences_b = torch.tensor(spread(batch, sequence_count), device=device)
-    rows_r = torch.tensor(spread(length, max(1, rows // sequence_count)), device=device)
+    if sequences_b is None:
+        sequence_count = min(batch, max(SEQUENCES, ROWS // max(1, length)))
+        sequences_b = torch.tensor(spread(batch, sequence_count), device=device)
+    if rows_r is None:
+        rows_r = torch.tensor(spread(length, max(1, ROWS // len(sequences_b))), device=device)
     if call.logits_bhts is not None:
-        return ObservedRows(logits_bhrs=call.logits_bhts.detach()[sequences_b][:, :, rows_r])
+        logits_bhrs = call.logits_bhts.detach()[sequences_b][:, :, rows_r]
+        return ObservedRows(logits_bhrs=logits_bhrs, sinks=logits_bhrs.shape[-1] - keys)
+    if call.logits_of is not None:
+        return ObservedRows(logits_bhrs=call.logits_of(sequences_b, rows_r))
     assert call.scale is not None, "a call that shows no logits gives their scale"
     q_bhrk = call.q_bhtk.detach()[sequences_b][:, :, rows_r]
     k_bgsk = call.k_bgsk.detach().expand(batch, -1, -1, -1)[sequences_b]

@@ -58,6 +58,8 @@ class Origin:
     k: Tensor
     shift: Tensor | None = None
     flags: frozenset[str] = frozenset()
+    order: tuple[int, ...] | None = None
+    """Where the logits' dimensions (..., T, S) lie in the tensor, None: in that order."""
 
 
 class LogitTrail:
@@ -83,9 +85,9 @@ class LogitTrail:
         if not isinstance(result, Tensor) or result.ndim <= _MATRIX:
             return
         if func in PRODUCTS:
-            operands = _operands(func, args, kwargs)
-            if operands is not None and not any(self._is_weights(tensor) for tensor in _tensors(args)):
-                self._remember(result, Origin(*operands))
+            origin = _origin(func, args, kwargs)
+            if origin is not None and not any(self._is_weights(tensor) for tensor in _tensors(args)):
+                self._remember(result, origin)
             return
         if func in SOFTMAXES:
             if self.origin_of(args[0] if args else kwargs.get("input")) is not None:
@@ -105,7 +107,7 @@ class LogitTrail:
         return found[1] if found is not None and found[0]() is tensor else None
 
     def call_of(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], heads: int | None
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], heads: int | None, batch: int | None
     ) -> AttentionCall | None:
         """The attention call that a softmax is, None where its input is no product of two activations.
 
@@ -113,6 +115,7 @@ class LogitTrail:
             args: of the softmax.
             kwargs: of the softmax.
             heads: query heads, should the logits not show them.
+            batch: sequences, should neither show them.
         """
         logits = args[0] if args else kwargs.get("input")
         origin = self.origin_of(logits)
@@ -123,8 +126,12 @@ class LogitTrail:
             raise UnsupportedCallError(
                 f"the softmax runs over dimension {dim}, not over the keys in the last"
             )
+        if origin.order is not None and logits.ndim == len(origin.order):
+            logits = logits.permute(origin.order)
         if logits.ndim == 4:  # noqa: PLR2004 - (B, H, T, S)
             heads = logits.shape[1]
+        elif not heads and batch and logits.shape[0] % batch == 0:
+            heads = logits.shape[0] // batch
         true = logits.detach() if origin.shift is None else logits.detach() + origin.shift.detach()
         return AttentionCall(
             q_bhtk=_by_heads(origin.q, heads),
@@ -169,13 +176,14 @@ class LogitTrail:
         return origin
 
 
-def _operands(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor] | None:
+def _origin(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Origin | None:
     """Q and k of a product of two activations, (..., T, K) and (..., S, K)."""
     if func is torch.einsum:
-        return _einsum_operands(args)
+        return _einsum_origin(args)
+    flags: frozenset[str] = frozenset()
     if func in (torch.baddbmm, torch.Tensor.baddbmm):
+        if kwargs.get("beta", 1) and _is_bias(args[0]):
+            flags = frozenset({"bias"})
         args = args[1:]
     left = args[0] if args else kwargs.get("input", kwargs.get("batch1"))
     right = args[1] if len(args) > 1 else kwargs.get("other", kwargs.get("mat2", kwargs.get("batch2")))
@@ -183,10 +191,10 @@ def _operands(
         return None
     assert isinstance(left, Tensor)
     assert isinstance(right, Tensor)
-    return left, right.mT
+    return Origin(left, right.mT, flags=flags)
 
 
-def _einsum_operands(args: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
+def _einsum_origin(args: tuple[Any, ...]) -> Origin | None:
     equation, *operands = args
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = list(operands[0])
@@ -196,13 +204,28 @@ def _einsum_operands(args: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
     left, _, right = inputs.partition(",")
     if not arrow or "." in equation or len(output) <= _MATRIX:
         return None
-    row, key = output[-2], output[-1]
+    rows = [letter for letter in output if letter in left and letter not in right]
     contracted = [letter for letter in left if letter in right and letter not in output]
-    if len(contracted) != 1 or row not in left or row in right or key not in right or key in left:
+    key = output[-1]
+    if len(rows) != 1 or len(contracted) != 1 or key not in right or key in left:
         return None
-    lead = output[:-2]
+    lead = "".join(letter for letter in output if letter not in (rows[0], key))
+    order = tuple(output.index(letter) for letter in lead + rows[0] + key)
     q, k = operands
-    return _ordered(q, left, lead + row + contracted[0]), _ordered(k, right, lead + key + contracted[0])
+    return Origin(
+        _ordered(q, left, lead + rows[0] + contracted[0]),
+        _ordered(k, right, lead + key + contracted[0]),
+        order=None if order == tuple(range(len(order))) else order,
+    )
+
+
+def _is_bias(added: object) -> bool:
+    """Whether something real is added to logits, rather than a mask or nothing; looks at values."""
+    return (
+        isinstance(added, Tensor)
+        and added.is_floating_point()
+        and bool(((added > _HIDDEN) & (added != 0)).any())
+    )
 
 
 def _ordered(tensor: Tensor, letters: str, wanted: str) -> Tensor:

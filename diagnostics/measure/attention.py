@@ -3,7 +3,7 @@
 Shape suffixes: b sequence, h query head, g key head, r observed query row, s key, k head channel.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -85,12 +85,14 @@ def observe_rows(
         return _statistics(logits_bhrs, visible, rank_sequences)
 
 
-def observe_logits(logits_bhrs: Tensor, *, rank_sequences: int = 1) -> RowStatistics:
+def observe_logits(logits_bhrs: Tensor, *, sinks: int = 0, rank_sequences: int = 1) -> RowStatistics:
     """As `observe_rows`, from logits that a model has computed itself, mask and bias added.
 
     Args:
         logits_bhrs: the softmax's input on the observed rows, any float dtype; entries of -9e3 and below are
             keys that a mask hides.
+        sinks: so many last columns are attention sinks: they take weight, and so count for the entropy, but are
+            no product of a query and a key, and so no largest logit.
         rank_sequences: as in `observe_rows`.
     """
     with full_precision(logits_bhrs.device):
@@ -99,7 +101,12 @@ def observe_logits(logits_bhrs: Tensor, *, rank_sequences: int = 1) -> RowStatis
             wide_bhrs = wide_bhrs.clone()  # the statistics are made in place, and these are the model's own
         if wide_bhrs.numel() == 0:
             return _nothing_observed(logits_bhrs)
-        return _statistics(wide_bhrs, wide_bhrs > HIDDEN_LOGIT, rank_sequences)
+        largest_bhr = wide_bhrs[..., : wide_bhrs.shape[-1] - sinks].amax(-1)
+        statistics = _statistics(wide_bhrs, wide_bhrs > HIDDEN_LOGIT, rank_sequences)
+        if not sinks:
+            return statistics
+        seen_bhr = largest_bhr.isfinite() & (largest_bhr > HIDDEN_LOGIT)
+        return replace(statistics, max_logit_h=-_lowest(-largest_bhr, seen_bhr))
 
 
 def entropy_lower_bound(row_norm: Tensor, visible_keys: Tensor) -> Tensor:

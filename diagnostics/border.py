@@ -1,4 +1,4 @@
-"""The one border between the recorder and somebody's training: no fault of ours crosses it."""
+"""The one border between this package and somebody's training: no fault of ours crosses it."""
 
 import sys
 import traceback
@@ -14,7 +14,7 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault of the recorder: where, what, and the traceback for a bug report."""
+    """One fault of ours: where, what, and the traceback for a bug report."""
 
     where: str
     error: str
@@ -23,14 +23,24 @@ class Fault:
 
 @dataclass
 class Border:
-    """Runs the recorder's code inside a training loop.
+    """Runs our code inside a training loop.
 
     A fault with a `culprit` (an attention site, say) is reported once for that culprit, whose code is not run
     again; a fault without one switches everything off through `on_fatal`.
+
+    Attributes:
+        on_fatal: called once everything is switched off.
+        on_culprit: called once a culprit is out.
+        owner: whose border it is, as the user knows it.
+        promise: what is said of training where the owner switches itself off.
+        faults: all that were met so far.
+        broken: whether everything is switched off.
     """
 
     on_fatal: Callable[[Fault], None]
-    on_culprit: Callable[[str, Fault], None]
+    on_culprit: Callable[[str, Fault], None] = lambda *_: None
+    owner: str = "recorder"
+    promise: str = "training goes on untouched"
     faults: list[Fault] = field(default_factory=list)
     broken: bool = False
     _noted: set[str] = field(default_factory=set)
@@ -73,14 +83,14 @@ class Border:
         return True
 
     def _report(self, culprit: str | None, error: Exception) -> None:
-        where = culprit or "recorder"
+        where = culprit or self.owner
         fault = Fault(where, f"{type(error).__name__}: {error}", traceback.format_exc())
         self.faults.append(fault)
         if culprit is None:
             if not self._warned_fatal:
                 self._warned_fatal = True
                 self._warn(
-                    f"the recorder met a fault and switched itself off, training goes on untouched: {fault.error}"
+                    f"the {self.owner} met a fault and switched itself off, {self.promise}: {fault.error}"
                 )
             self.broken = True
             self.on_fatal(fault)
