@@ -8,11 +8,15 @@ import torch
 from torch import nn
 
 from diagnostics.attach.calls import AttentionCall
+from diagnostics.attach.composed import compose, frozen_gain, named_gain, says
 from diagnostics.attach.flags import OF_THE_PROJECTIONS, call_flags
 from diagnostics.attach.observe import Observer
-from diagnostics.attach.probe import Product, Support, agrees, supports_of
+from diagnostics.attach.probe import Support, Unknown, aligned, supports_of
+from diagnostics.attach.products import Product
 from diagnostics.attach.rules import candidate_sites
 from diagnostics.attach.site import Projection, Site, Sites, contiguous_rows
+
+_NAMED_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
 class SiteBook:
@@ -70,7 +74,22 @@ class SiteBook:
                 "its name suggests attention, but no attention call was seen in it in a training forward",
             )
         self._uncalled |= set(uncalled)
+        for name in self._named_like_attention():
+            self.skipped.setdefault(
+                name, "it is named like attention, but computes no softmax attention that was seen"
+            )
         return uncalled
+
+    def _named_like_attention(self) -> list[str]:
+        """Modules with a matrix and such a name that neither hold a site nor lie in one: linear attention, say."""
+        found = [*self._known, *self.skipped]
+        return [
+            name
+            for name, module in self._modules.items()
+            if _NAMED_ATTENTION.search(name.rpartition(".")[2])
+            and any(parameter.ndim > 1 for parameter in module.parameters())
+            and not any(_lies_in(name, other) or _lies_in(other, name) for other in found)
+        ]
 
     def site_of(self, call: AttentionCall, path: Sequence[str], observer: Observer) -> Site | None:
         """The site a call belongs to, its layout confirmed at the first call; None where it is not wanted.
@@ -101,6 +120,22 @@ class SiteBook:
             self.skipped.pop(site.name, None)
         return site
 
+    def kernel_site(self, heads: int, path: Sequence[str]) -> Site | None:
+        """The site at which a kernel handed in its own numbers; the layout is what names say, if they fit."""
+        name = next((name for name in reversed(path) if name in self._known), path[-1])
+        if not self._wanted(name) or (name in self.skipped and name not in self._uncalled):
+            return None
+        if name not in self._confirmed:
+            site = self._known.get(name)
+            if site is None or site.heads != heads:
+                reason = "a kernel handed in its own numbers: q and k were not seen"
+                site = Site(name, heads, None, None, layout="unknown", reason=reason)
+            self._known[name] = site
+            self._confirmed.add(name)
+            self._uncalled.discard(name)
+            self.skipped.pop(name, None)
+        return self._known[name]
+
     def heads_at(self, path: Sequence[str]) -> int | None:
         """Query heads that names suggest for the innermost site on a path of running modules."""
         return next((self._known[name].heads for name in reversed(path) if name in self._known), None)
@@ -116,25 +151,35 @@ class SiteBook:
         _, heads, _, head_dim = call.q_bhtk.shape
         products = list(reversed(observer.products))
         suggested = self._known.get(name) if name is not None else None
-        twin = self._twin(name) if name is not None else None
-        if suggested is not None and twin is not None and self._agrees(suggested, twin, call, products):
-            return replace(
-                suggested, heads=twin.heads, kv_heads=twin.kv_heads, head_dim=twin.head_dim, layout=twin.layout,
-                flags=twin.flags, kv_head=twin.kv_head, verified="probe",
-                query=self._moved(twin, suggested, "query"), key=self._moved(twin, suggested, "key"),
-            )  # fmt: skip
-        query, key = self._probe(call, products)
-        if isinstance(query, str) or isinstance(key, str):
-            reason = query if isinstance(query, str) else str(key)
-            return self._unprobed(name or path[-1], suggested, call, reason)
+        found = self._probe(call, products, observer)
+        if isinstance(found, Unknown):
+            return self._unprobed(name or path[-1], suggested, call, found)
+        query, key = found
         return self._from_supports(name or self._owner(path, query, key), query, key, heads, head_dim)
 
     @staticmethod
-    def _probe(call: AttentionCall, products: list[Product]) -> tuple[Support | str, Support | str]:
+    def _probe(
+        call: AttentionCall, products: list[Product], observer: Observer
+    ) -> tuple[Support, Support] | Unknown:
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # noqa: SLF001 - no public name
-            reason = "activation checkpointing was active, so the layout could not be probed"
-            return reason, reason
-        return supports_of(call.q_bhtk, products), supports_of(call.k_bgsk, products)
+            return Unknown(
+                "activation checkpointing was active, so the layout could not be probed", contradicts=False
+            )
+        name_of = observer.parameter_name
+        query = supports_of(call.q_bhtk, products, name_of)
+        if isinstance(query, Unknown):
+            return query
+        key = supports_of(call.k_bgsk, products, name_of)
+        if isinstance(key, Unknown):
+            return key
+        # Feature k of q is to meet feature k of k, also where only one of them is made of several parts.
+        query_aligned = aligned(query, call.q_bhtk, key)
+        if isinstance(query_aligned, Unknown):
+            return query_aligned
+        key_aligned = aligned(key, call.k_bgsk, query)
+        if isinstance(key_aligned, Unknown):
+            return key_aligned
+        return compose(query_aligned, key_aligned, products, name_of)
 
     def _from_call(self, name: str, call: AttentionCall, observer: Observer) -> Site:
         """A call that names its own weights needs no probe."""
@@ -159,71 +204,48 @@ class SiteBook:
 
     def _from_supports(self, name: str, query: Support, key: Support, heads: int, head_dim: int) -> Site:
         # Keys that were repeated for their query heads before the call show the same features again.
-        distinct = list(dict.fromkeys(key.rows))
-        shared = heads // len(key.rows) if len(key.rows) < heads else 1
-        kv_head = tuple(distinct.index(key.rows[head // shared]) for head in range(heads))
+        owned = key.identities
+        distinct = list(dict.fromkeys(owned))
+        shared = heads // len(owned) if len(owned) < heads else 1
+        kv_head = tuple(distinct.index(owned[head // shared]) for head in range(heads))
         flags = [*query.flags, *key.flags]
-        if query.product.source != key.product.source and query.product.parameter != key.product.parameter:
+        if not query.sources & key.sources and not query.parameters & key.parameters:
             flags.append("cross")
-        return Site(
+        first = [owned.index(identity) for identity in distinct]
+        wq, wk = query.projection(range(heads)), key.projection(first)
+        site = Site(
             name, heads, len(distinct), head_dim, verified="probe", kv_head=kv_head,
-            layout=_describe(query, key, distinct, kv_head),
-            query=query.projection(), key=replace(key.projection(), rows=tuple(distinct)),
+            layout=_describe(wq, wk, head_dim, kv_head) + says(query, key), query=wq, key=wk,
         ).with_flags(*flags)  # fmt: skip
+        frozen = frozen_gain(self._modules[name], (query, key), head_dim) if name in self._modules else ""
+        if not frozen:
+            return site
+        reason = (
+            f"{frozen} is frozen, so whether it is the gain of the norm over q or k could not be verified"
+        )
+        return replace(site, query=None, key=None, reason=reason)
 
-    @staticmethod
-    def _unprobed(name: str, suggested: Site | None, call: AttentionCall, reason: str) -> Site:
-        """Rules that fit the call's shapes are used, marked as unverified; else there are no spectra."""
+    def _unprobed(self, name: str, suggested: Site | None, call: AttentionCall, unknown: Unknown) -> Site:
+        """Rules that fit the call's shapes are used, marked as unverified; else there are no spectra.
+
+        Rules do not answer where the probe ran and found that no rows of one parameter are it.
+        """
         _, heads, _, head_dim = call.q_bhtk.shape
-        fits = suggested is not None and suggested.query is not None
-        if suggested is not None and fits and (suggested.heads, suggested.head_dim) == (heads, head_dim):
-            return replace(suggested, verified="no", layout=f"{suggested.layout} (by name; {reason})")
-        return Site(name, heads, call.k_bgsk.shape[1], head_dim, layout="unknown", reason=reason)
-
-    def _twin(self, name: str) -> Site | None:
-        """A confirmed site of the same class and shapes, whose layout this one most likely shares."""
-        signature = self._signature(name)
-        for other in self._confirmed:
-            site = self._known.get(other)
-            if (
-                site is not None
-                and site.verified == "probe"
-                and site.query
-                and self._signature(other) == signature
-            ):
-                return site
-        return None
-
-    def _signature(self, name: str) -> tuple[object, ...]:
-        module = self._modules[name]
-        return (type(module), tuple((key, tuple(value.shape)) for key, value in module.named_parameters()))
-
-    def _agrees(self, suggested: Site, twin: Site, call: AttentionCall, products: list[Product]) -> bool:
-        query, key = self._moved(twin, suggested, "query"), self._moved(twin, suggested, "key")
-        by_parameter = {product.parameter: product for product in reversed(products)}
         if (
-            query is None
-            or key is None
-            or query.parameter not in by_parameter
-            or key.parameter not in by_parameter
+            not unknown.contradicts
+            and suggested is not None
+            and suggested.query is not None
+            and (suggested.heads, suggested.head_dim) == (heads, head_dim)
         ):
-            return False
-        if "qk_norm" in twin.flags:
-            return False  # a norm over all heads makes every feature matter: the full probe tells
-        key_rows = (
-            [key.rows[kv] for kv in twin.kv_head] if call.k_bgsk.shape[1] == twin.heads else list(key.rows)
-        )
-        return agrees(call.q_bhtk, by_parameter[query.parameter], query.rows) and agrees(
-            call.k_bgsk, by_parameter[key.parameter], key_rows
-        )
-
-    @staticmethod
-    def _moved(twin: Site, site: Site, which: str) -> Projection | None:
-        """The twin's projection under this site's parameter names."""
-        projection = twin.query if which == "query" else twin.key
-        if projection is None or not projection.parameter.startswith(twin.name):
-            return None
-        return replace(projection, parameter=site.name + projection.parameter[len(twin.name) :])
+            gain = named_gain(self._modules[suggested.name])
+            if gain:
+                reason = f"{unknown.reason}, nor the norm of {gain} be verified"
+                return replace(suggested, query=None, key=None, reason=reason)
+            return replace(suggested, verified="no", layout=f"{suggested.layout} (by name; {unknown.reason})")
+        return Site(
+            name, heads, call.k_bgsk.shape[1], head_dim, layout="unknown", reason=unknown.reason,
+            verified="probe" if unknown.contradicts else "no", flags=unknown.flags,
+        )  # fmt: skip
 
     @staticmethod
     def _owner(path: Sequence[str], query: Support, key: Support) -> str:
@@ -235,16 +257,20 @@ class SiteBook:
         return path[-1]
 
 
-def _describe(query: Support, key: Support, key_rows: list[tuple[int, ...]], kv_head: tuple[int, ...]) -> str:
-    side = "columns" if query.product.transposed else "rows"
-    heads, head_dim = len(query.rows), len(query.rows[0])
+def _lies_in(inner: str, outer: str) -> bool:
+    return inner == outer or not outer or inner.startswith(f"{outer}.")
+
+
+def _describe(query: Projection, key: Projection, head_dim: int, kv_head: tuple[int, ...]) -> str:
+    heads, key_rows = len(query.rows), list(key.rows)
+    side = "columns" if query.transposed else "rows" if query.view is None else "axes of a tensor"
     group = heads // len(key_rows)
     pairing = ""
     if group > 1:
         blocked = kv_head == tuple(head // group for head in range(heads))
         pairing = f", key head h // {group}" if blocked else f", key head h mod {len(key_rows)}"
-    if query.product.parameter != key.product.parameter:
-        plain = query.rows == contiguous_rows(0, heads, head_dim)
+    if query.parameter != key.parameter:
+        plain = query.rows == contiguous_rows(0, heads, len(query.rows[0]))
         return f"separate q and k, {side}" + ("" if plain else " interleaved") + pairing
     if query.rows == contiguous_rows(0, heads, head_dim) and key_rows == list(
         contiguous_rows(heads * head_dim, len(key_rows), head_dim)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.attach.calls import AttentionCall
-from diagnostics.attach.probe import Product
+from diagnostics.attach.products import Product
 from diagnostics.attach.sampling import observed_rows
 from diagnostics.attach.site import Site
 from diagnostics.measure.attention import HIDDEN_LOGIT
@@ -37,7 +37,8 @@ def _is_cross(call: AttentionCall, site: Site, products: Iterable[Product]) -> b
     if site.query is None or site.key is None:
         return call.q_bhtk.shape[2] != call.k_bgsk.shape[2]
     sources = {product.parameter: product.source for product in products}
-    query, key = site.query.parameter, site.key.parameter
+    # The innermost product is the one that the tensor itself goes through.
+    query, key = [*site.query.each()][-1].parameter, [*site.key.each()][-1].parameter
     if query in sources and key in sources:
         return sources[query] != sources[key]
     return query != key and call.q_bhtk.shape[2] != call.k_bgsk.shape[2]

@@ -21,7 +21,8 @@ from torch.utils.hooks import RemovableHandle
 from diagnostics.attach import flex
 from diagnostics.attach.beside import Beside
 from diagnostics.attach.calls import AttentionCall, multi_head_call, scaled_dot_product_call
-from diagnostics.attach.probe import Product
+from diagnostics.attach.kernels import KernelRows, listen, unlisten
+from diagnostics.attach.products import WATCHED, Product, product_of
 from diagnostics.attach.trail import PRODUCTS as LOGIT_PRODUCTS
 from diagnostics.attach.trail import SOFTMAXES, LogitTrail
 
@@ -29,15 +30,6 @@ _CALLS: Mapping[Callable[..., Any], Callable[..., AttentionCall]] = {
     flex.OPERATOR: flex.flex_call,
     functional.scaled_dot_product_attention: scaled_dot_product_call,
     functional.multi_head_attention_forward: multi_head_call,
-}
-# Position of the input and of the weight among the arguments, and whether the weight is (in, out).
-_PRODUCTS: Mapping[Callable[..., Any], tuple[int, int, bool]] = {
-    functional.linear: (0, 1, False),
-    torch.addmm: (1, 2, True),
-    torch.matmul: (0, 1, True),
-    torch.Tensor.matmul: (0, 1, True),
-    torch.Tensor.__matmul__: (0, 1, True),
-    torch.mm: (0, 1, True),
 }
 _FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 _PRODUCTS_KEPT = 16
@@ -53,6 +45,7 @@ class Observer:
         model: the attached model.
         on_call: receives each attention call with the paths of the running modules, outermost first; called
             with the mode off.
+        on_kernel: receives what a kernel hands in, with the paths of the running modules.
         on_exit: called when an observed forward of the model ends.
         contained: runs the recorder's own code; returns False where it failed.
         contained_for: as `contained`, for one module path first; a fault there takes only that path out.
@@ -64,6 +57,7 @@ class Observer:
         model: nn.Module,
         *,
         on_call: CallSink,
+        on_kernel: Callable[[KernelRows, tuple[str, ...]], None],
         on_exit: Callable[[], None],
         contained: Callable[..., bool],
         contained_for: Callable[..., bool],
@@ -71,6 +65,7 @@ class Observer:
     ) -> None:
         self._model = model
         self._on_call = on_call
+        self._on_kernel = on_kernel
         self._on_exit = on_exit
         self._contained = contained
         self._contained_for = contained_for
@@ -116,6 +111,7 @@ class Observer:
             self._hook()
 
     def _hook(self) -> None:
+        listen(self._hand_over_kernel)
         self._handles = [
             register_module_forward_pre_hook(self._enter),
             register_module_forward_hook(self._leave, always_call=True),
@@ -131,6 +127,7 @@ class Observer:
         self._unhook()
 
     def _unhook(self) -> None:
+        unlisten(self._hand_over_kernel)
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -225,7 +222,7 @@ class Observer:
             return
         if self.trail or func in LOGIT_PRODUCTS:
             self._contained(self.trail.saw, func, args, kwargs, result)
-        if self.wants_products and func in _PRODUCTS and isinstance(result, Tensor):
+        if self.wants_products and func in WATCHED and isinstance(result, Tensor):
             self._contained(self._remember, func, args, kwargs, result)
 
     def _hand_over(
@@ -233,6 +230,11 @@ class Observer:
     ) -> None:
         path = tuple(name for _, name in self._stack)
         self._on_call(as_call(*args, **kwargs), path, self)
+
+    def _hand_over_kernel(self, rows: Callable[[], KernelRows]) -> None:
+        if self._stack:
+            path = tuple(name for _, name in self._stack)
+            self._contained_for(path[-1], lambda: self._on_kernel(rows(), path))
 
     def _hand_over_softmax(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         path = tuple(name for _, name in self._stack)
@@ -248,12 +250,9 @@ class Observer:
     def _remember(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor
     ) -> None:
-        source_at, weight_at, transposed = _PRODUCTS[func]
-        source = args[source_at] if len(args) > source_at else kwargs.get("input")
-        weight = args[weight_at] if len(args) > weight_at else kwargs.get("weight", kwargs.get("mat2"))
-        name = self._parameters.get(id(weight))
-        if name is not None and isinstance(weight, Tensor) and weight.ndim == 2:  # noqa: PLR2004 - a matrix
-            self.products.append(Product(result, name, transposed, self._stack[-1][1], id(source)))
+        found = product_of(func, args, kwargs, result, self.parameter_name, self._stack[-1][1])
+        if found is not None:
+            self.products.append(found)
 
     def parameter_name(self, parameter: Tensor) -> str | None:
         return self._parameters.get(id(parameter))

@@ -3,16 +3,19 @@
 Shape suffixes: B observed sequences, H query heads, G key heads, R observed rows, S keys, K head size.
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from diagnostics.attach.calls import AttentionCall, split_mask
+from diagnostics.errors import DiagnosticsError
 from diagnostics.measure.attention import RowStatistics, observe_logits, observe_rows
 
 ROWS = 256
 """Rows observed per head: the mean entropy of 256 of 4096 rows is within 0.1 nats of that of all rows."""
+ROWS_VARIABLE = "DIAGNOSTICS_ROWS"
 SEQUENCES = 4
 """Sequences observed where one alone would fill the rows: padding and content differ between sequences."""
 
@@ -48,6 +51,37 @@ class ObservedRows:
         return observe_rows(self.q_bhrk, self.k_bgsk, scale=self.scale, visible=self.visible, bias=self.bias)
 
 
+def rows_wanted() -> int | None:
+    """Rows observed per head: `ROWS`, or what DIAGNOSTICS_ROWS in the environment asks for; None: all.
+
+    Raises:
+        DiagnosticsError: DIAGNOSTICS_ROWS is neither a whole number of at least 1 nor `all`.
+    """
+    text = os.environ.get(ROWS_VARIABLE, "")
+    if not text:
+        return ROWS
+    if text == "all":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise DiagnosticsError(
+            f"{ROWS_VARIABLE} is {text!r}, it must be a whole number of at least 1, or all"
+        )
+    return int(text)
+
+
+def observed_blocks(call: AttentionCall) -> list[ObservedRows]:
+    """The rows of a call that are measured, in blocks whose logits take little memory."""
+    rows = rows_wanted()
+    if rows is not None and rows <= ROWS:
+        return [observed_rows(call, rows=rows)]
+    length, device = call.q_bhtk.shape[2], call.q_bhtk.device
+    sequences_b = torch.tensor(spread(call.q_bhtk.shape[0], SEQUENCES), device=device)
+    chosen_r = torch.tensor(
+        spread(length, length if rows is None else rows // len(sequences_b)), device=device
+    )
+    return [observed_rows(call, sequences_b=sequences_b, rows_r=block_r) for block_r in chosen_r.split(ROWS)]
+
+
 def spread(count: int, wanted: int) -> list[int]:
     """`wanted` indices out of `count`, evenly spread, the middle of each stratum."""
     wanted = min(count, wanted)
@@ -55,23 +89,28 @@ def spread(count: int, wanted: int) -> list[int]:
 
 
 def observed_rows(
-    call: AttentionCall, *, sequences_b: Tensor | None = None, rows_r: Tensor | None = None
+    call: AttentionCall,
+    *,
+    rows: int = ROWS,
+    sequences_b: Tensor | None = None,
+    rows_r: Tensor | None = None,
 ) -> ObservedRows:
     """The rows of a call that are measured.
 
     Args:
         call: the attention call.
+        rows: how many per head at most, stratified over the sequences.
         sequences_b: which sequences, None: a few of the batch.
-        rows_r: which query rows, None: so many, stratified, that they are at most `ROWS` per head.
+        rows_r: which query rows, None: as many as `rows` allows.
     """
     keys = call.k_bgsk.shape[2]
     batch, _, length, _ = (call.q_bhtk if call.logits_bhts is None else call.logits_bhts).shape
     device = call.q_bhtk.device
     if sequences_b is None:
-        sequence_count = min(batch, max(SEQUENCES, ROWS // max(1, length)))
+        sequence_count = min(batch, max(SEQUENCES, rows // max(1, length)))
         sequences_b = torch.tensor(spread(batch, sequence_count), device=device)
     if rows_r is None:
-        rows_r = torch.tensor(spread(length, max(1, ROWS // len(sequences_b))), device=device)
+        rows_r = torch.tensor(spread(length, max(1, rows // len(sequences_b))), device=device)
     if call.logits_bhts is not None:
         logits_bhrs = call.logits_bhts.detach()[sequences_b][:, :, rows_r]
         return ObservedRows(logits_bhrs=logits_bhrs, sinks=logits_bhrs.shape[-1] - keys)

@@ -5,17 +5,20 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from diagnostics.attach.sampling import rows_wanted
 from diagnostics.attach.site import Sites
+from diagnostics.attach.traces import may_hold_attention
 from diagnostics.control.controller import MODES
-from diagnostics.errors import DiagnosticsError, RunExistsError
-from diagnostics.record.update_watch import unwrapped
+from diagnostics.errors import DiagnosticsError, NoAttentionError, RunExistsError
+from diagnostics.remedies.optimizers import unwrapped
 from diagnostics.store.format import MANIFEST, SCHEMA_VERSION, TABLES, metric_metadata
 from diagnostics.store.manifest import Manifest
 from diagnostics.store.plain import plain
@@ -38,6 +41,7 @@ def check_arguments(
         raise DiagnosticsError(
             f"config is a {type(config).__name__}, it must be a mapping such as {{'lr': 3e-4}}, or None"
         )
+    rows_wanted()
     if layers is None:
         return None
     try:
@@ -53,6 +57,21 @@ def check_arguments(
     return pattern
 
 
+def check_holds_attention(model: nn.Module, sites: Sites, layers: str | None) -> None:
+    """Refuses a model that cannot hold attention, unless the user named where it is.
+
+    Raises:
+        NoAttentionError: no candidate by name, and no trace of attention in names or code.
+    """
+    if len(sites) or layers is not None or may_hold_attention(model):
+        return
+    raise NoAttentionError(
+        f"{type(model).__name__} holds no attention: no module or code in it speaks of attention, softmax or "
+        "q and k projections. Attach to the model that does; if attention hides where names do not show it, "
+        "name its module with layers='...'"
+    )
+
+
 def torch_optimizers(optimizer: object, model: nn.Module) -> tuple[torch.optim.Optimizer, ...]:
     """The torch optimizers inside what the user gave, checked to belong to the model.
 
@@ -61,7 +80,8 @@ def torch_optimizers(optimizer: object, model: nn.Module) -> tuple[torch.optim.O
     """
     if optimizer is None:
         return ()
-    given = optimizer if isinstance(optimizer, Sequence) else (optimizer,)
+    several = isinstance(optimizer, Iterable) and not isinstance(optimizer, str | Mapping)
+    given: Iterable[object] = optimizer if several else (optimizer,)  # type: ignore[assignment]
     own = {id(parameter) for parameter in model.parameters()}
     found = []
     for each in given:
@@ -140,7 +160,10 @@ def claim_run_dir(
         "config": plain(config or {}),
         "model": {
             "class": type(model).__name__,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            # A lazy module's parameters have no size before its first forward.
+            "parameters": sum(
+                parameter.numel() for parameter in model.parameters() if not is_lazy(parameter)
+            ),
         },
         "sites": [site.to_dict() for site in sites],
         "skipped": dict(sites.skipped),

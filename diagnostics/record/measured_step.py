@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diagnostics.attach.calls import AttentionCall
-from diagnostics.attach.sampling import ObservedRows, observed_rows
+from diagnostics.attach.sampling import ObservedRows, observed_blocks
 from diagnostics.attach.site import Site
 from diagnostics.measure.attention import RowStatistics
 from diagnostics.measure.spectra import HeadSpectra, head_spectra
@@ -38,10 +38,6 @@ class MeasuredStep:
     _weights: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
     @property
-    def saw_attention(self) -> bool:
-        return bool(self._calls or self.attention)
-
-    @property
     def on_device(self) -> bool:
         """Whether anything collected lies on another device than the CPU."""
         devices = [rows.device for _, rows in self._calls]
@@ -51,7 +47,11 @@ class MeasuredStep:
 
     @torch.no_grad()
     def add_call(self, site: Site, call: AttentionCall) -> None:
-        self._calls.append((site.name, observed_rows(call)))
+        self._calls += [(site.name, rows) for rows in observed_blocks(call)]
+
+    def add_statistics(self, site: Site, statistics: RowStatistics) -> None:
+        """What a kernel measured of its own rows."""
+        self.attention.setdefault(site.name, []).append(statistics)
 
     @torch.no_grad()
     def add_weights(self, site: Site, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -3,41 +3,37 @@
 import atexit
 import os
 import sys
-import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from diagnostics.attach.book import SiteBook
-from diagnostics.attach.calls import AttentionCall
-from diagnostics.attach.observe import Observer
 from diagnostics.attach.site import Sites
-from diagnostics.attach.traces import may_hold_attention
+from diagnostics.border import Border, Fault
 from diagnostics.control.controller import Controller
-from diagnostics.errors import NoAttentionError
-from diagnostics.record.border import Border, Fault
-from diagnostics.record.claim import check_arguments, claim_run_dir, torch_optimizers
+from diagnostics.record.background import Background
+from diagnostics.record.claim import (
+    check_arguments,
+    check_holds_attention,
+    claim_run_dir,
+    torch_optimizers,
+)
+from diagnostics.record.forward_watch import ForwardWatch
 from diagnostics.record.measured_step import MeasuredStep
+from diagnostics.record.overhead import Overhead
+from diagnostics.record.scalars import kept_scalar, kept_scalars
 from diagnostics.record.schedule import is_measured, next_measured
+from diagnostics.record.site_report import SiteReport
 from diagnostics.record.stream import Handed, Stream
-from diagnostics.record.update_sizes import UpdateSizes
 from diagnostics.record.update_watch import UpdateWatch
 from diagnostics.remedies.spectral_bound import active_bounds
-from diagnostics.store.format import TABLES
-from diagnostics.store.write import Worker
 
 Optimizer = torch.optim.Optimizer
-_OWN_COLUMNS = frozenset(column.name for column in TABLES["steps"]) - {"loss", "lr", "grad_norm"}
-_LARGEST_INT = 2**1000
-_SLOT_WAIT_S = 1.0
 
 
 class Recorder:
@@ -45,11 +41,16 @@ class Recorder:
 
     Attach it around a training loop and call `step` once per optimizer step, after `optimizer.step()`.
     Observing leaves parameters, losses and random states bit-identical; a fault of the recorder's own is
-    reported once and switches it off.
+    reported once and switches it off. Which attention was found is logged, at INFO, by the logger `diagnostics`;
+    what was found but is not observed, at WARNING.
+
+    `DIAGNOSTICS_DISABLED=1` in the environment makes it a no-op. `DIAGNOSTICS_ACTIVATIONS=0` turns the activation
+    side off alone: forwards are watched in the first measured step only, to verify how each site's weights lie;
+    spectra and updates are recorded, entropy and logits are not, and run.json says so.
 
     Args:
         model: any module; on measured steps its attention is observed in training forwards.
-        optimizer: a torch optimizer, or a sequence of them; None: no update ratios, no remedies.
+        optimizer: a torch optimizer, or several of them; None: no update ratios, no remedies.
         run_dir: where the run is written; None makes `runs/<timestamp>-<id>`.
         every: steps 0, every, 2 every, ... are measured.
         layers: regular expression over module paths; only matching attention sites are measured.
@@ -78,31 +79,21 @@ class Recorder:
         if self._disabled:
             return
         pattern = check_arguments(model, every, layers, config, control)
-        self._model = model
         self._every = every
         self._optimizers = torch_optimizers(optimizer, model)
-        self._book = SiteBook(model, pattern)
-        if not len(self._book.sites) and layers is None and not may_hold_attention(model):
-            raise NoAttentionError(
-                f"{type(model).__name__} holds no attention: no module or code in it speaks of attention, softmax or "
-                "q and k projections. Attach to the model that does; if attention hides where names do not show it, "
-                "name its module with layers='...'"
-            )
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._border = Border(self._switch_off, self._leave_out)
-        self._observer = Observer(
+        self._overhead = Overhead()
+        self._forwards = ForwardWatch(
             model,
-            on_call=self._on_call,
-            on_exit=self._on_forward_exit,
-            heads_at=self._book.heads_at,
-            contained=self._contained,
-            contained_for=self._contained_for,
+            pattern,
+            border=self._border,
+            overhead=self._overhead,
+            activations=os.environ.get("DIAGNOSTICS_ACTIVATIONS", "") != "0",
         )
-        self._updates = UpdateWatch(self._optimizers, self._names)
-        self._update_sizes = UpdateSizes()
-        self._slot = threading.Semaphore(1)
+        check_holds_attention(model, self.sites, layers)
+        self._updates = UpdateWatch(self._optimizers, model)
         self.run_dir, manifest = claim_run_dir(
-            run_dir, model=model, config=config, every=every, control=control, sites=self._book.sites
+            run_dir, model=model, config=config, every=every, control=control, sites=self.sites
         )
         self._stream = Stream(
             self.run_dir,
@@ -117,34 +108,27 @@ class Recorder:
             model,
             self._optimizers,
             mode=control,
-            sites=lambda: self._book.sites,
+            sites=lambda: self._forwards.sites,
             announce=self._stream.announce,
         )
         self._stream.controller = self._controller
         self._stream.write_manifest()
+        self._report = SiteReport(type(model).__name__, self._border.note, self._stream.announce)
+        self._report.show(self.sites)
         self._step = 0
+        self._due = 0
         self._measured: MeasuredStep | None = None
-        self._seen: set[str] = set()
-        self._seen_before_forward: set[str] = set()
-        self._checked_for_blindness = False
-        self._saw_nothing = False
-        self._timing = False
-        self._overhead_s = 0.0
-        self._overhead_in_step_s = 0.0
-        self._started_s = time.perf_counter()
         self._process = os.getpid()
-        self._salvaged = False
-        self._worker = Worker(contained=self._on_worker_thread, idle=self._stream.idle)
+        self._background = Background(self._stream, self._border)
         # A script that ends without close() still gets its rows written and its state right.
         self._at_exit = partial(_close_at_exit, weakref.ref(self))
         atexit.register(self._at_exit)
-        self._due = 0
         self._prepare()
 
     @property
     def sites(self) -> Sites:
         """The attention sites found; what was left out is in `.skipped`, module path to reason."""
-        return Sites() if self._disabled else self._book.sites
+        return Sites() if self._disabled else self._forwards.sites
 
     @property
     def controller(self) -> Controller | None:
@@ -154,9 +138,7 @@ class Recorder:
     @property
     def overhead(self) -> float:
         """Share of wall time spent in the recorder on the training thread so far, 0 to 1."""
-        if self._disabled:
-            return 0.0
-        return min(1.0, self._overhead_s / max(1e-9, time.perf_counter() - self._started_s))
+        return 0.0 if self._disabled else self._overhead.share
 
     def step(self, loss: object = None, **scalars: object) -> None:
         """Closes a step; call it once per optimizer step, after `optimizer.step()`.
@@ -182,15 +164,10 @@ class Recorder:
         """All that a resumed run needs: step, detector windows, power-iteration vectors, armed remedies."""
         if self._disabled:
             return {}
-        done: dict[str, Any] = {}
-        # These belong to the worker: they are taken there, after all that was handed over so far.
-        self._on_worker(
-            lambda: done.update(stream=self._stream.state_dict(), updates=self._update_sizes.state_dict())
-        )
         return {
             "step": self._step,
             "control": self._controller.state_dict(),
-            **done,
+            **self._background.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -200,8 +177,7 @@ class Recorder:
         self._step = int(state["step"])
         self._controller.load_state_dict(state["control"])
         if "stream" in state:
-            self._on_worker(lambda: self._stream.load_state_dict(state["stream"]))
-            self._on_worker(lambda: self._update_sizes.load_state_dict(state["updates"]))
+            self._background.load_state_dict({"stream": state["stream"], "updates": state["updates"]})
         self._disarm()
         self._prepare()
 
@@ -229,55 +205,47 @@ class Recorder:
         lr = scalars.pop("lr", None)
         if lr is None and self._optimizers:
             lr = self._optimizers[0].param_groups[0]["lr"]
-        handed = {name: self._handed(name, value) for name, value in scalars.items() if self._is_free(name)}
-        overhead_s = self._overhead_in_step_s + time.perf_counter() - start_s
+        note = self._border.note
+        loss, lr = kept_scalar("loss", loss, note), kept_scalar("lr", lr, note)
+        kept = kept_scalars(scalars, note) if scalars else scalars
+        overhead_s = self._overhead.close_step(start_s)
         self._stream.handed.append(
-            Handed(
-                step, time.time(), overhead_s, measured is not None,
-                self._handed("lr", lr), self._handed("loss", loss), handed,
-            )
-        )  # fmt: skip
+            Handed(step, time.time(), overhead_s, measured is not None, lr, loss, kept)
+        )
         self._step = step + 1
-        self._overhead_s += overhead_s
-        self._overhead_in_step_s = 0.0
         if due:
             boundary_s = time.perf_counter()
             self._cross_boundary(step, measured)
             # The row of this step is out already, so what the boundary took is told with the next one.
-            self._overhead_in_step_s = time.perf_counter() - boundary_s
-
-    def _handed(self, name: str, value: object) -> object:
-        """A scalar as it can be kept: numbers as they are, a device tensor as a copy that holds no graph."""
-        if value is None or isinstance(value, float):
-            return value
-        if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
-            return value.item() if value.device.type == "cpu" else value.detach().clone()
-        if isinstance(value, np.generic | np.ndarray) and value.size == 1 and value.dtype.kind in "biuf":
-            return float(value.item())
-        if isinstance(value, int) and abs(value) <= _LARGEST_INT:
-            return float(value)
-        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor | np.ndarray) else ""
-        self._border.note(
-            f"recorder.step: {name} is a {type(value).__name__}{shape}; give a float or a 0-d tensor. It is not recorded"
-        )
-        return None
-
-    def _is_free(self, name: str) -> bool:
-        if name in _OWN_COLUMNS:
-            self._border.note(
-                f"recorder.step: {name!r} is a column that the recorder fills itself; hand the scalar in under another "
-                "name. It is not recorded"
-            )
-            return False
-        return True
+            self._overhead.in_step_s = time.perf_counter() - boundary_s
 
     def _cross_boundary(self, step: int, measured: MeasuredStep | None) -> None:
         if measured is not None:
             self._disarm()
-            self._report_blindness(measured)
             self._hand_over(step, measured)
         self._controller.apply_waiting(step + 1)
         self._prepare()
+
+    def _hand_over(self, step: int, measured: MeasuredStep) -> None:
+        shown = self._forwards.end_step()
+        sites = self.sites
+        if shown is not None:
+            called, uncalled = shown
+            faulty = bool(self._border.faults)
+            self._report.after_measured(step, sites, called=called, uncalled=uncalled, faulty=faulty)
+        facts = {
+            "skipped": dict(sites.skipped),
+            "overhead": self.overhead,
+            "updates_left_out": dict(self._updates.left_out),
+            "attention_observed": self._forwards.way,
+            "remedies": [
+                {"name": bound.name, "tau": bound.tau}
+                for optimizer in self._optimizers
+                for bound in active_bounds(optimizer)
+            ],
+        }
+        described = [site.to_dict() for site in sites]
+        self._background.take(step, measured, described, facts, self._forwards.contained_for)
 
     def _prepare(self) -> None:
         """Arms the observer where the coming step is a measured one, and sets the next step that needs a look."""
@@ -296,179 +264,40 @@ class Recorder:
 
     def _arm(self) -> None:
         self._measured = MeasuredStep()
-        self._seen = set()
-        self._seen_before_forward = set()
-        self._observer.wants_products = not self._book.settled
-        self._observer.arm(look_again=self._saw_nothing)
-        self._updates.arm(self._contained)
+        self._forwards.arm(self._measured)
+        self._updates.arm(self._forwards.contained)
 
     def _disarm(self) -> None:
         self._measured = None
-        self._observer.disarm()
+        self._forwards.disarm()
         self._updates.disarm()
-
-    def _hand_over(self, step: int, measured: MeasuredStep) -> None:
-        sites = [site.to_dict() for site in self._book.sites]
-        overhead = self.overhead
-        left_out = dict(self._updates.left_out)
-        way = self._observer.way
-        remedies = [
-            {"name": bound.name, "tau": bound.tau}
-            for optimizer in self._optimizers
-            for bound in active_bounds(optimizer)
-        ]
-        # The copies of one measured step wait at most; a worker that is behind is given a little time.
-        if not self._slot.acquire(timeout=_SLOT_WAIT_S):
-            self._tell_lost(step, "the writer is busy")
-            return
-        if measured.on_device:
-            measured.complete(self._update_sizes, self._contained_for)
-
-        def job() -> None:
-            try:
-                measured.complete(self._update_sizes, self._border.run_for)
-            finally:
-                self._slot.release()
-            self._stream.update_manifest(
-                skipped=dict(self._book.skipped),
-                overhead=overhead,
-                updates_left_out=left_out,
-                attention_observed=way,
-                remedies=remedies,
-            )
-            self._stream.close_measured(step, measured, sites)
-
-        if not self._worker.offer(job):
-            self._slot.release()
-            self._tell_lost(step, "the disk cannot keep up")
-
-    def _tell_lost(self, step: int, reason: str) -> None:
-        message = f"what was measured in step {step} is lost: {reason}"
-        self._stream.announce("warning", "warning", message, {"step": step})
-
-    def _report_blindness(self, measured: MeasuredStep) -> None:
-        self._saw_nothing = not measured.saw_attention
-        if measured.saw_attention:
-            self._book.end_step()
-        if measured.saw_attention or self._border.faults or self._checked_for_blindness:
-            self._checked_for_blindness = True
-            return
-        self._checked_for_blindness = True
-        message = (
-            "no attention call was observed in the first measured step: entropy and spectra are not recorded. Either no "
-            "training forward of the attached model ran (attach to the module you call), or it ran without gradients "
-            "(activation checkpointing with use_reentrant=True does so; use_reentrant=False is observed), or its "
-            "attention is of a kind that this version cannot see"
-        )
-        self._border.note(message)
-        self._stream.announce("warning", "warning", message, {"step": self._step - 1})
-
-    # --- inside a measured forward ------------------------------------------------------------------
-
-    def _contained(self, function: Callable[..., None], *args: Any) -> bool:  # noqa: ANN401 - whatever it takes
-        with self._timed():
-            return self._border.run(function, *args)
-
-    def _contained_for(self, path: str, function: Callable[..., None], *args: Any) -> bool:  # noqa: ANN401 - as above
-        with self._timed():
-            return self._border.run_for(path, function, *args)
-
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        """Counts as overhead; once, where one such block lies in another."""
-        if self._timing:
-            yield
-            return
-        self._timing = True
-        start_s = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._timing = False
-            self._overhead_in_step_s += time.perf_counter() - start_s
-
-    def _on_call(self, call: AttentionCall, path: tuple[str, ...], observer: Observer) -> None:
-        measured = self._measured
-        if measured is None:
-            return
-        site = self._book.site_of(call, path, observer)
-        # A second micro-batch would only repeat what the first has shown; a shared layer's calls within one
-        # forward all count.
-        if site is None or site.name in self._seen_before_forward:
-            return
-        if call.q_bhtk.shape[1] != site.heads:
-            self._border.note(
-                f"{site.name or 'the model'} calls attention with {site.heads} and with {call.q_bhtk.shape[1]} heads: "
-                "a row per head cannot hold both, so only the first kind is observed"
-            )
-            return
-        self._seen.add(site.name)
-        measured.add_call(site, call)
-
-    def _on_forward_exit(self) -> None:
-        measured = self._measured
-        if measured is None:
-            return
-        parameters: dict[str, nn.Parameter] | None = None
-        for site in self._book.sites:
-            if site.name in self._seen:
-                parameters = parameters or dict(self._model.named_parameters(remove_duplicate=False))
-                self._contained_for(site.name, measured.add_weights, site, parameters)
-        self._seen_before_forward = set(self._seen)
 
     # --- end ----------------------------------------------------------------------------------------
 
     def _switch_off(self, fault: Fault) -> None:
         """After a fault of our own nothing more is done; what was recorded stays. `step` takes the hooks off."""
         self._measured = None
+        self._forwards.forget()
         self._stream.record_fault(fault.where, fault.error, fault.trace)
 
     def _leave_out(self, path: str, fault: Fault) -> None:
         """After a fault at one attention site, or in the detectors: it is marked and left out, the rest goes on."""
-        self._book.skip(path, fault.error)
+        self._forwards.leave_out(path, fault.error)
         self._stream.record_fault(fault.where, fault.error, fault.trace)
 
-    def _on_worker_thread(self, job: Callable[[], None]) -> bool:
-        """Runs a job of the worker; after a fault, saves once what can be saved, and the last word."""
-        if not self._border.broken:
-            return self._border.run(job)
-        if not self._salvaged:
-            self._salvaged = True
-            self._salvage()
-        return self._closed and self._border.run_last(job)
-
-    def _salvage(self) -> None:
-        # Each by itself: whatever broke, the others may still work.
-        for attempt in (self._stream.absorb, self._stream.flush, self._stream.write_manifest):
-            self._border.run_last(attempt)
-
-    def _finish(self, state: str, error: str | None) -> None:
-        if not self._border.run(self._stream.finish_rows):
-            self._salvage()
-        self._border.run_last(self._stream.finish, state, error)
-
     def _on_worker(self, job: Callable[[], None]) -> None:
-        """Has a job run on the worker's thread and waits for it."""
-        done = threading.Event()
-
-        def run() -> None:
-            try:
-                job()
-            finally:
-                done.set()
-
-        if self._worker.offer(run):
-            done.wait(60.0)
+        """Has a job run on the writer's thread and waits for it."""
+        self._background.wait_for(job)
 
     def _close(self, state: str, error: str | None) -> None:
         if self._disabled or self._closed or os.getpid() != self._process:
             return
         self._closed = True
         atexit.unregister(self._at_exit)
-        self._observer.disarm()
+        self._forwards.disarm()
         self._updates.disarm()
         self._stream.update_manifest(overhead=self.overhead)
-        self._worker.stop(partial(self._finish, state, error))
+        self._background.end(state, error)
         self._controller.close()
 
 

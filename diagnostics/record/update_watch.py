@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from diagnostics.remedies.spectral_bound import active_bounds, takes_closure
+from diagnostics.remedies.optimizers import takes_closure
+from diagnostics.remedies.spectral_bound import active_bounds
 
 WATCHED_BYTES = 2**30
 """Largest copy of weights held during a measured step; matrices beyond it are named as not observed."""
@@ -32,19 +33,13 @@ class UpdateWatch:
 
     Args:
         optimizers: torch optimizers, unwrapped.
-        names: name of each parameter of the model, by id.
-        first: names to watch first, should the memory not do for all.
+        model: whose parameters are watched, under its names.
     """
 
-    def __init__(
-        self,
-        optimizers: Sequence[torch.optim.Optimizer],
-        names: dict[int, str],
-        first: frozenset[str] = frozenset(),
-    ) -> None:
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> None:
         self._optimizers = tuple(optimizers)
-        self._names = names
-        self._first = first
+        self._model = model
+        self._names: dict[int, str] = {}
         self._handles: list[RemovableHandle] = []
         self._before: dict[str, tuple[nn.Parameter, Tensor]] = {}
         self._closure_given = False
@@ -54,6 +49,8 @@ class UpdateWatch:
     def arm(self, contained: Callable[..., bool]) -> None:
         """From now on, the next optimizer steps are watched."""
         if not self._handles:
+            # Named anew each time, so that parameters added or replaced meanwhile are known.
+            self._names = {id(parameter): name for name, parameter in self._model.named_parameters()}
             self._handles = [
                 handle
                 for optimizer in self._optimizers
@@ -97,7 +94,6 @@ class UpdateWatch:
             if p.grad is not None or (self._closure_given and p.requires_grad)
         ]
         named = [(self._names[id(p)], p) for p in parameters if id(p) in self._names and _is_matrix(p)]
-        named.sort(key=lambda pair: pair[0] not in self._first)
         held = sum(before.numel() * before.element_size() for _, before in self._before.values())
         for name, parameter in named:
             if name in self._before:
@@ -150,13 +146,6 @@ class UpdateWatch:
             if (scale := bound.scale_of(parameter)) is not None
         ]
         return torch.stack(scales).prod() if scales else torch.ones((), device=parameter.device)
-
-
-def unwrapped(optimizer: object) -> object:
-    """The torch optimizer inside wrappers such as accelerate's, whose own hooks do not work."""
-    while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 def _is_matrix(parameter: Tensor) -> bool:

@@ -9,7 +9,7 @@ Shape suffixes: N matrices of one shape, m x n.
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from diagnostics.attach.site import Site
+from diagnostics.border import Border, Fault
 from diagnostics.errors import DiagnosticsError
 from diagnostics.measure.sigma1 import largest_singular_value
 from diagnostics.remedies.blocks import Block, Select, blocks_of, select_matrices
+from diagnostics.remedies.optimizers import takes_closure, unwrapped
 
 DEFAULT_TAU = 0.01
 """Rescued five of five failing small runs and harmed no healthy one; 0.003 stopped two of three from learning."""
@@ -43,9 +45,10 @@ class SpectralBound:
 
     dW is the whole step as the optimizer took it, weight decay included; a step above the bound is scaled
     down to it, any other step is left exactly as it is. Fused q, k, v projections are bounded block by block.
+    A fault of the bound's own is reported once and takes it off: training goes on unbounded.
 
     Args:
-        optimizer: any `torch.optim.Optimizer`, bounded through its step hooks.
+        optimizer: any `torch.optim.Optimizer`, bounded through its step hooks; also as accelerate wraps it.
         tau: largest relative step; `inf` never fires and leaves training bit-identical.
         select: which parameters: None: all with two dimensions or more but embeddings; a module, an iterable
             of parameters, or a callable on a parameter.
@@ -69,16 +72,17 @@ class SpectralBound:
 
     def _start(
         self,
-        optimizer: torch.optim.Optimizer,
+        given: torch.optim.Optimizer,
         tau: float,
         select: Select,
         floor: float | None,
         model: nn.Module | None,
         sites: Sequence[Site] | None,
     ) -> None:
+        optimizer = unwrapped(given)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise DiagnosticsError(
-                f"optimizer is a {type(optimizer).__name__}, it must be a torch.optim.Optimizer"
+                f"optimizer is a {type(given).__name__}, it must be a torch.optim.Optimizer"
             )
         if floor is not None and not (
             isinstance(floor, int | float) and floor >= 0.0 and math.isfinite(floor)
@@ -90,7 +94,8 @@ class SpectralBound:
         self._floor = floor
         self._parameters = select_matrices(optimizer, select)
         self._blocks = blocks_of(self._parameters, model, sites)
-        self._groups = _by_shape(self._blocks)
+        self._shapes = [_shape(block) for block in self._blocks]
+        self._border = Border(self._give_up, owner="spectral bound", promise="training goes on unbounded")
         self._vectors: dict[tuple[str, int], Tensor] = {}
         self._before: dict[int, Tensor] = {}
         self._scales: dict[int, Tensor] = {}
@@ -98,8 +103,8 @@ class SpectralBound:
         self._hardest: dict[int, Tensor] = {}
         self._steps = 0
         self._handles: list[RemovableHandle] = [
-            optimizer.register_step_pre_hook(self._remember),
-            optimizer.register_step_post_hook(self._bound),
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
         ]
         self._optimizer = weakref.ref(optimizer)
         _ACTIVE.setdefault(optimizer, []).append(self)
@@ -136,14 +141,22 @@ class SpectralBound:
         return len(self._blocks)
 
     def remove(self) -> None:
-        """Takes the bound off; safe to call twice."""
+        """Takes the bound off; safe to call twice, between two steps."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._before.clear()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._before, self._scales = {}, {}
         optimizer = self._optimizer()
         if optimizer is not None and self in _ACTIVE.get(optimizer, []):
             _ACTIVE[optimizer].remove(self)
+
+    @property
+    def fault(self) -> Fault | None:
+        """What made the bound take itself off, None where nothing did."""
+        return self._border.faults[0] if self._border.faults else None
 
     def __enter__(self) -> Self:
         return self
@@ -175,7 +188,7 @@ class SpectralBound:
             "tau": self._tau,
             "floor": self._floor,
             "steps": self._steps,
-            "shapes": self._shapes(),
+            "shapes": list(self._shapes),
             "vectors": {key: vector.clone() for key, vector in self._vectors.items()},
             "fired": dict(self._fired),
             "hardest": dict(self._hardest),
@@ -189,17 +202,26 @@ class SpectralBound:
         """
         self.tau = state["tau"]
         self._floor = state["floor"]
-        if [tuple(shape) for shape in state["shapes"]] != self._shapes():
+        if [tuple(shape) for shape in state["shapes"]] != self._shapes:
             return
         self._steps = state["steps"]
         self._vectors = dict(state["vectors"])
         self._fired, self._hardest = dict(state["fired"]), dict(state["hardest"])
 
-    def _shapes(self) -> list[tuple[int, int]]:
-        return [_shape(block) for block in self._blocks]
+    def _before_step(self, _: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        self._border.run(self._remember, args, kwargs)
+
+    def _after_step(self, *_: object) -> None:
+        self._border.run(self._bound)
+        if self._border.broken:
+            # torch walks the table of post-hooks now, so this one has to stay until `remove`; it does nothing.
+            self._handles[0].remove()
+
+    def _give_up(self, _: Fault) -> None:
+        self._let_go()
 
     @torch.no_grad()
-    def _remember(self, _: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    def _remember(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         self._before, self._scales = {}, {}
         if math.isinf(self._tau):
             return
@@ -208,15 +230,23 @@ class SpectralBound:
         self._before = {id(p): p.detach().clone() for p in self._parameters if closure or p.grad is not None}
 
     @torch.no_grad()
-    def _bound(self, *_: object) -> None:
+    def _bound(self) -> None:
         if not self._before:
             return
         self._steps += 1
-        for (shape, _device, _dtype), members in self._groups.items():
-            stepped = [index for index in members if id(self._blocks[index].parameter) in self._before]
-            if stepped:
-                self._bound_group(shape, stepped)
+        for shape, members in self._groups():
+            self._bound_group(shape, members)
         self._before.clear()
+
+    def _groups(self) -> list[tuple[tuple[int, int], list[int]]]:
+        """The blocks that stepped, by shape, device and dtype: all of one group make one batch."""
+        groups: dict[tuple[tuple[int, int], torch.device, torch.dtype], list[int]] = {}
+        for index, (shape, block) in enumerate(zip(self._shapes, self._blocks, strict=True)):
+            parameter = block.parameter
+            if id(parameter) in self._before:
+                # Asked at each step: a model may be moved, whole or in part, after it was armed.
+                groups.setdefault((shape, parameter.device, parameter.dtype), []).append(index)
+        return [(shape, members) for (shape, _, _), members in groups.items()]
 
     def _bound_group(self, shape: tuple[int, int], members: list[int]) -> None:
         blocks = [self._blocks[index] for index in members]
@@ -224,8 +254,10 @@ class SpectralBound:
         after_nmn = torch.stack([block.of(block.parameter.detach()) for block in blocks])
         wide = torch.promote_types(before_nmn.dtype, torch.float32)
         update_nmn = after_nmn.to(wide) - before_nmn.to(wide)
-        weight = largest_singular_value(before_nmn.to(wide), self._start_vectors("weight", members))
-        update = largest_singular_value(update_nmn, self._start_vectors("update", members))
+        weight = largest_singular_value(
+            before_nmn.to(wide), self._start_vectors("weight", members, update_nmn)
+        )
+        update = largest_singular_value(update_nmn, self._start_vectors("update", members, update_nmn))
         floor = default_floor(*shape) if self._floor is None else self._floor
         limit_n = self._tau * weight.value_b.clamp_min(floor)
         # An iterate never exceeds the true value; its residual covers what may be missing.
@@ -247,31 +279,15 @@ class SpectralBound:
         self._fired[index] = self._fired[index] + fired if index in self._fired else fired
         self._hardest[index] = torch.minimum(self._hardest[index], scale) if index in self._hardest else scale
 
-    def _start_vectors(self, kind: str, members: list[int]) -> Tensor | None:
+    def _start_vectors(self, kind: str, members: list[int], like: Tensor) -> Tensor | None:
         vectors = [self._vectors.get((kind, index)) for index in members]
-        known = [vector for vector in vectors if vector is not None]
+        known = [vector.to(like) for vector in vectors if vector is not None]
         return torch.stack(known) if len(known) == len(vectors) else None
 
 
 def active_bounds(optimizer: torch.optim.Optimizer) -> Sequence[SpectralBound]:
     """The bounds now armed on an optimizer, for the recorder's `scale` column."""
     return tuple(_ACTIVE.get(optimizer, ()))
-
-
-def takes_closure(args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
-    """Whether a step was given a closure, from the arguments that torch hands to a step's pre-hook."""
-    # torch has put the optimizer itself first.
-    return kwargs.get("closure") is not None or any(callable(argument) for argument in args[1:])
-
-
-def _by_shape(
-    blocks: Sequence[Block],
-) -> dict[tuple[tuple[int, int], torch.device, torch.dtype], list[int]]:
-    groups: dict[tuple[tuple[int, int], torch.device, torch.dtype], list[int]] = {}
-    for index, block in enumerate(blocks):
-        key = (_shape(block), block.parameter.device, block.parameter.dtype)
-        groups.setdefault(key, []).append(index)
-    return groups
 
 
 def _shape(block: Block) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from torch.nn.modules import module as module_hooks
 
 from diagnostics.detect.monitor import Monitor
 from diagnostics.errors import DiagnosticsError, NoAttentionError, RecorderWarning, RunExistsError
+from diagnostics.record import recorder as recorder_module
 from diagnostics.record.measured_step import MeasuredStep
 from diagnostics.record.recorder import Recorder
 from diagnostics.record.stream import Stream
@@ -262,14 +263,14 @@ def test_a_run_directory_deleted_meanwhile_is_told_once(tmp_path: Path) -> None:
     assert "FileNotFoundError" in messages[0]
 
 
-PLANTED: dict[str, tuple[type, str]] = {
+PLANTED: dict[str, tuple[object, str]] = {
     "spectra": (MeasuredStep, "_measure_weights"),
     "weights": (MeasuredStep, "add_weights"),
     "rows of a site": (MeasuredStep, "_measure_rows"),
     "updates": (UpdateSizes, "measure"),
     "captures": (UpdateWatch, "capture"),
     "weights before the step": (UpdateWatch, "_remember"),
-    "scalars": (Recorder, "_handed"),
+    "scalars": (recorder_module, "kept_scalar"),
     "rows": (Stream, "close_measured"),
     "detectors": (Monitor, "feed"),
     "the background thread": (Stream, "absorb"),
