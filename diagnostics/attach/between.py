@@ -141,6 +141,12 @@ def between(x_bhtk: Tensor, y_htk: Tensor, candidates: Sequence[Sequence[Gained]
             f = 1.0 if gain is None else gain.values_h1k()
             b = 0.0 if bias is None else bias.values_h1k()
             return replace(_flags(tokens, s_ht, f * s_ht[..., None] * y + b), gain=gain)
+    for gain, _, _ in _hypotheses(candidates) if len(candidates) == 1 else ():
+        if gain is not None and gain.parameter and _is_last(tokens, gain, true):
+            unscaled_htk = tokens.x_htk / gain.values_h1k()
+            s_ht = unscaled_htk.norm(dim=-1) / tokens.y_htk.norm(dim=-1)
+            found = _flags(replace(tokens, x_htk=unscaled_htk), s_ht, s_ht[..., None] * tokens.y_htk)
+            return replace(found, gain=gain, elementwise=False)
     return _unverified(candidates)
 
 
@@ -230,6 +236,18 @@ def _holds(
         if not bool((summed - gradient).abs().amax() <= tokens.tolerance * gradient.abs().amax()):
             return False
     return True
+
+
+def _is_last(tokens: _Tokens, gain: Gained, true: dict[int, Tensor]) -> bool:
+    """Whether the gain multiplies q last, after a rotation (HunYuan): its gradient then is that of q = f * (q / f)."""
+    f_h1k = gain.values_h1k()
+    if not bool((f_h1k != 0).all()):
+        return False
+    by_feature_hk = (tokens.weight_ht[..., None] * tokens.x_htk.square() / f_h1k).sum(1)
+    gradient = true[id(gain.tensor)]
+    at = torch.tensor(gain.at_hk, device=by_feature_hk.device)
+    summed = torch.zeros_like(gradient).index_add_(0, at.flatten(), by_feature_hk.flatten())
+    return bool((summed - gradient).abs().amax() <= tokens.tolerance * gradient.abs().amax())
 
 
 def _plainest(tokens: _Tokens) -> tuple[Tensor, Tensor]:

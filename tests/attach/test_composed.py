@@ -127,6 +127,11 @@ def _norm_over_all(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return rotated(by_head(rms(self.a(x)) * self.g)), rotated(by_head(rms(self.b(x)) * self.s))
 
 
+def _norm_after_rotation(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    q, k = rotated(by_head(self.a(x))), rotated(by_head(self.b(x)))
+    return rms(q) * self.g, rms(k) * self.s
+
+
 def _scaled_only(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return rotated(by_head(self.a(x)) * self.g), rotated(by_head(self.b(x)) * self.s)
 
@@ -139,6 +144,7 @@ GAINS: dict[str, tuple[Any, dict[str, tuple[int, ...]], float, tuple[str, ...]]]
         _layer_norm, {"g": (K,), "s": (K,), "o": (K,)}, 0.0, ("rope", "qk_norm"),
     ),
     "norm over all heads": (_norm_over_all, {"g": (H * K,), "s": (2 * K,)}, 0.0, ("rope", "qk_norm")),
+    "norm after the rotation": (_norm_after_rotation, {"g": (K,), "s": (K,)}, 0.0, ("rope", "qk_norm")),
     "gains without a norm": (_scaled_only, {"g": (K,), "s": (K,)}, 0.0, ("rope",)),
 }  # fmt: skip
 
