@@ -9,6 +9,7 @@ failing run passes them by step 60, its healthy ones stay below for all 300 step
 wolf: heads of healthy runs become sharp because the task asks for it. So an alarm needs growth as well.
 """
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,11 @@ LOW_RANK_FRAC = 0.35
 """Uniform causal attention has 0.33 to 0.5, a map near the identity 1."""
 HIGH_RANK_FRAC = 0.6
 CONCENTRATED_SEC = 0.9
-COLLAPSED_SHARE = 0.25
+COLLAPSED_SHARE = 0.5
+"""A share of collapsed heads that no healthy arm comes near (at most 0.06): slow collapse is judged by it."""
+STILL_GROWING = 1.1
+FLAT_LOSS = 0.01
+STAYS_SHARE = 0.06
 ADVICE = (
     "arm the spectral bound, `diagnostics control RUN spectral-bound --tau 0.01`; if the loss does not follow within "
     "some hundred steps, restart from a checkpoint before the first step named here with the bound armed from the start, "
@@ -45,11 +50,19 @@ class EntropyCollapse:
 
     def __init__(self) -> None:
         self._history = HeadHistory(least_steps=WINDOW_STEPS, share=WINDOW_SHARE)
+        self._losses: deque[tuple[int, float]] = deque()
+        self._culprits: set[tuple[str, int]] = set()
         self._malignant = Alarm(needed=2)
         self._benign = Alarm(needed=3)
         self._log = FindingLog()
 
     def feed(self, frame: Frame) -> list[Finding]:
+        finite = frame.losses[frame.loss_given & np.isfinite(frame.losses)]
+        if len(finite):
+            self._losses.append((frame.step, float(np.median(finite))))
+        window = max(WINDOW_STEPS, int(frame.step * WINDOW_SHARE))
+        while self._losses and self._losses[0][0] < frame.step - window:
+            self._losses.popleft()
         if not self._history.add(frame):
             return []
         # An unmeasured quantity is NaN, and every comparison with it is False: nothing is concluded from it.
@@ -73,12 +86,23 @@ class EntropyCollapse:
             | unseen & (sec >= CONCENTRATED_SEC)
         )
         collapsed = (frac <= COLLAPSED_FRAC) & low_rank & (logit >= RUNAWAY_LOGIT)
-        stay = bool(collapsed.any()) and float(np.nanmean(collapsed)) >= COLLAPSED_SHARE / 4
+        share = float(np.mean(collapsed))
+        concentrated = not bool((sec[collapsed] < CONCENTRATED_SEC).any()) if collapsed.any() else False
+        # Slow collapse has no runaway; most heads are gone all the same, and either grow on or hold the loss.
+        growing = bool(collapsed.any()) and float(np.nanmedian(growth[collapsed])) >= np.log(STILL_GROWING)
+        slow = share >= COLLAPSED_SHARE and concentrated and (growing or self._loss_is_flat())
+        dying = dying | collapsed if slow else dying
+        # In a large model the heads that raised the alarm may be few: it stays as long as one of them is gone.
+        still = any(
+            gone and key in self._culprits for key, gone in zip(self._history.keys, collapsed, strict=True)
+        )
+        stay = still or share >= STAYS_SHARE
         raised = self._malignant.see(frame.step, start=bool(dying.any()), stay=stay)
         if self._malignant.just_cleared:
             self._log.end("entropy-collapse", frame.step)
         if not raised:
             return []
+        self._culprits = {key for key, is_dying in zip(self._history.keys, dying, strict=True) if is_dying}
         worst = _worst(frac, logit, dying)
         layer, head = self._history.keys[worst]
         evidence = {
@@ -106,6 +130,13 @@ class EntropyCollapse:
                 status="collapsed", raised_step=frame.step,
             )
         )  # fmt: skip
+
+    def _loss_is_flat(self) -> bool:
+        """Whether the loss has fallen by less than `FLAT_LOSS` of itself over the window."""
+        if len(self._losses) < 2:  # noqa: PLR2004 - two ends
+            return False
+        first, last = self._losses[0][1], self._losses[-1][1]
+        return first - last < FLAT_LOSS * abs(first)
 
     def _feed_benign(self, frame: Frame) -> list[Finding]:
         frac, rank = self._history.now("entropy_frac"), self._history.now("rank_frac")
@@ -142,6 +173,8 @@ class EntropyCollapse:
     def state_dict(self) -> dict[str, Any]:
         return {
             "history": self._history.state_dict(),
+            "losses": list(self._losses),
+            "culprits": sorted(self._culprits),
             "malignant": self._malignant.state_dict(),
             "benign": self._benign.state_dict(),
             "findings": self._log.state_dict(),
@@ -149,6 +182,8 @@ class EntropyCollapse:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._history.load_state_dict(state["history"])
+        self._culprits = {(str(layer), int(head)) for layer, head in state["culprits"]}
+        self._losses = deque((int(step), float(loss)) for step, loss in state["losses"])
         self._malignant.load_state_dict(state["malignant"])
         self._benign.load_state_dict(state["benign"])
         self._log.load_state_dict(state["findings"])

@@ -90,6 +90,21 @@ def test_a_runaway_head_of_low_rank_is_malignant_and_is_named() -> None:
     assert finding.evidence["entropy_frac"] <= 0.5
 
 
+def test_a_slow_collapse_of_most_heads_is_malignant_too() -> None:
+    def sinking(step: int) -> dict[str, object]:
+        """As linear as can be: nowhere a runaway, and the loss stands still from step 150 on."""
+        done = min(1.0, max(0.0, (step - 120) / 280))
+        return healthy_heads(min(step, 120)) | {
+            "loss": healthy_loss(min(step, 150)), "entropy_frac": 0.9 - 0.85 * done, "rank_frac": 0.5 - 0.45 * done,
+            "max_logit": 10.0 + 140 * done, "sec_1": 0.5 + 0.5 * done, "sigma1": 2.0 + 30 * done,
+        }  # fmt: skip
+
+    status, findings = judged(sinking, steps=400)
+    assert status == "collapsed"
+    assert [f.kind for f in findings] == ["entropy-collapse"]
+    assert findings[0].evidence["heads_dying"] == len(HEADS)
+
+
 def test_the_same_entropy_without_growing_logits_is_no_alarm() -> None:
     def sharp_from_the_start(step: int) -> dict[str, object]:
         return healthy_heads(step) | {
