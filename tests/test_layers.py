@@ -277,4 +277,8 @@ with Recorder(model, optimizer, sys.argv[1], every=2) as recorder:
 print(len(open_run(sys.argv[1]).steps()))
 """
     ended = run_without({*WEB, "rich"}, program, tmp_path / "run")
-    assert (ended.stdout.split(), ended.stderr) == (["3"], "")
+    assert ended.stdout.split() == ["3"]
+    # The table of sites at attach, and again once the layout is confirmed; no warning beside it.
+    lines = ended.stderr.splitlines()
+    assert lines[::2] == ["diagnostics: TransformerEncoderLayer: 1 attention sites"] * 2
+    assert all(line.startswith("  self_attn: 2 heads") for line in lines[1::2])

@@ -1,5 +1,6 @@
 """`run_demo`: trains every arm of the demonstration, streaming each to its own run directory."""
 
+import logging
 import multiprocessing
 import os
 import queue
@@ -97,6 +98,8 @@ def _follow(
 def _start_worker(news: "Queue[Message]") -> None:
     global _news  # noqa: PLW0603 - a pool's worker has no other place to keep what it is started with
     _news = news
+    # What the recorder prints at attach would tear the progress bars apart.
+    logging.getLogger("diagnostics").addHandler(logging.NullHandler())
     torch.set_num_threads(1)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -41,11 +42,16 @@ class SiteReport:
         self._told: set[tuple[str, str]] = set()
 
     def show(self, sites: Sites) -> None:
-        """Logs the table at INFO where it differs from the last one."""
+        """Prints the table on stderr where it differs from the last one; through logging where that is set up."""
         table = site_table(sites)
-        if table != self._shown:
-            self._shown = table
-            _LOG.info("%s: %d attention sites\n%s", self._attached, len(sites), table)
+        if table == self._shown:
+            return
+        self._shown = table
+        message = f"{self._attached}: {len(sites)} attention sites\n{table}"
+        if _LOG.hasHandlers():
+            _LOG.info(message)
+        else:
+            print(f"diagnostics: {message}", file=sys.stderr)
 
     def after_measured(
         self, step: int, sites: Sites, *, called: bool, uncalled: Iterable[str], faulty: bool

@@ -1,6 +1,8 @@
 """What the log says of the attention found: a table where it is new, and loudly what is not observed."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,3 +123,18 @@ def test_a_site_without_spectra_is_told_loudly_once_with_the_reason(
     run = open_run(tmp_path / "run")
     assert set(run.attention()["layer"]) == {"", "layers.0", "layers.1.self_attn"}
     assert set(run.spectra()["layer"]) == {"layers.0", "layers.1.self_attn"}
+
+
+def test_without_logging_set_up_the_table_is_printed_on_stderr(tmp_path: Path) -> None:
+    script = (
+        "import torch, sys\n"
+        "from diagnostics import Recorder\n"
+        "model = torch.nn.TransformerEncoderLayer(8, 2, 16)\n"
+        "Recorder(model, None, sys.argv[1]).close()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "run")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == ""
+    assert "TransformerEncoderLayer: 1 attention sites" in done.stderr
+    assert "self_attn: 2 heads, 2 key heads, size 4" in done.stderr
