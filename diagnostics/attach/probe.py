@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diagnostics.attach.between import NOTHING, Between, Gained, between
 from diagnostics.attach.graph import Upstream, gradients, upstream
+from diagnostics.attach.head_gradients import Energies, energies_of, weighted
 from diagnostics.attach.products import Product
 from diagnostics.attach.site import Gain, Projection
 
@@ -159,7 +160,7 @@ def aligned(support: Support, x_bhtk: Tensor, other: Support) -> Support | Unkno
     part = support.parts[0]
     blocks: list[Rows] = []
     for each in other.parts:
-        found = _energies(x_bhtk, [part.product], each.start, each.stop)[0]
+        found = energies_of(x_bhtk, [part.product], each.start, each.stop)[0]
         rows = None if found is None else _exact_rows(found.energy_hf, each.stop - each.start)
         if rows is None:
             return Unknown("the order of q's features could not be matched with the parts that k is made of")
@@ -181,7 +182,7 @@ def _parts(x_bhtk: Tensor, above: Upstream) -> list[Part] | Unknown:
     start, stop = 0, head_dim
     parts: list[Part] = []
     for product in above.products:
-        found = _energies(x_bhtk, [product], start, stop)[0]
+        found = energies_of(x_bhtk, [product], start, stop)[0]
         if found is None:
             continue
         counts = {int((energy_f != 0).sum()) for energy_f in found.energy_hf}
@@ -234,7 +235,7 @@ def _several(x_bhtk: Tensor, above: Upstream, name_of: Callable[[Tensor], str | 
 def _output_tokens(x_bhtk: Tensor, products: Sequence[Product], features: slice) -> list[int]:
     """How many rows of each product's output some features of all heads of the first sequence depend on."""
     cotangent = torch.zeros_like(x_bhtk)
-    cotangent[0, :, :, features] = _weights(x_bhtk[0, :, :, features])
+    cotangent[0, :, :, features] = weighted(x_bhtk[0, :, :, features])
     found = gradients(x_bhtk, cotangent, [product.output for product in products])
     return [
         0 if gradient is None else int((product.by_feature(gradient) != 0).any(-1).sum())
@@ -246,12 +247,12 @@ def _stream_flags(
     x_bhtk: Tensor, product: Product, leaves: Sequence[Tensor], name_of: Callable[[Tensor], str | None]
 ) -> tuple[str, ...]:
     """What lies between one stream's product and attention."""
-    found = _energies(x_bhtk, [product], 0, x_bhtk.shape[-1])[0]
+    found = energies_of(x_bhtk, [product], 0, x_bhtk.shape[-1])[0]
     part = None if found is None else _last_part(product, found, 0, x_bhtk.shape[-1])
     if not isinstance(part, Part):
         return ()
     cotangent = torch.zeros_like(x_bhtk)
-    cotangent[0] = _weights(x_bhtk[0])
+    cotangent[0] = weighted(x_bhtk[0])
     true = gradients(x_bhtk, cotangent, leaves) if leaves else ()
     met = [
         leaf for leaf, each in zip(leaves, true, strict=True) if each is not None and bool((each != 0).any())
@@ -260,7 +261,7 @@ def _stream_flags(
     return () if isinstance(support, Unknown) else support.flags
 
 
-def _last_part(product: Product, found: "_Energies", start: int, stop: int) -> Part | Unknown:
+def _last_part(product: Product, found: Energies, start: int, stop: int) -> Part | Unknown:
     size = stop - start
     rows: list[tuple[int, ...]] = []
     dense = False
@@ -280,7 +281,7 @@ def _last_part(product: Product, found: "_Energies", start: int, stop: int) -> P
 
 
 def _end_part(
-    x_bhtk: Tensor, product: Product, found: "_Energies", counts: set[int], start: int, stop: int
+    x_bhtk: Tensor, product: Product, found: Energies, counts: set[int], start: int, stop: int
 ) -> Part | Unknown:
     """A product that gives a head fewer features than it has gives them at one end: which end is tried."""
     problem = Unknown(
@@ -290,9 +291,9 @@ def _end_part(
         return problem
     size = counts.pop()
     for low, high in ((start, start + size), (stop - size, stop)):
-        inside = _energies(x_bhtk, [product], low, high)[0]
+        inside = energies_of(x_bhtk, [product], low, high)[0]
         outer = (high, stop) if low == start else (start, low)
-        if inside is None or _energies(x_bhtk, [product], *outer)[0] is not None:
+        if inside is None or energies_of(x_bhtk, [product], *outer)[0] is not None:
             continue
         rows = _exact_rows(inside.energy_hf, size)
         if rows is not None:
@@ -319,98 +320,6 @@ def _dominant(energy_f: Tensor, head_dim: int) -> list[int]:
         return []
     start = int(blocks.argmax()) * head_dim
     return list(range(start, start + head_dim))
-
-
-# --- gradients by head --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Energies:
-    """Squared gradient of each head with respect to a product's features, and the output's rows it was found in."""
-
-    energy_hf: Tensor
-    tokens_t: Tensor | None
-
-
-def _energies(x_bhtk: Tensor, products: Sequence[Product], start: int, stop: int) -> list[_Energies | None]:
-    """For each product what features `start` to `stop` of each head depend on; None where on nothing.
-
-    All heads in one backward where tokens do not mix on the way: each head is asked for at tokens of its own.
-    """
-    coded = _energies_by_token(x_bhtk, products, start, stop)
-    if coded is not None:
-        wide = any(each is not None and _width(each) > stop - start for each in coded)
-        # More features than a head has: a norm over all heads couples them, or tokens mix (a convolution after the
-        # projection) and one head's tokens are not its own; then a head alone depends on its own features only.
-        if not wide or x_bhtk.shape[1] == 1:
-            return coded
-        alone = _energies_by_head(x_bhtk, products, start, stop, heads=1)
-        if any(each is not None and _width(each) > stop - start for each in alone):
-            return coded
-    return _energies_by_head(x_bhtk, products, start, stop, heads=x_bhtk.shape[1])
-
-
-def _width(found: _Energies) -> int:
-    return int((found.energy_hf != 0).sum(-1).max())
-
-
-def _energies_by_head(
-    x_bhtk: Tensor, products: Sequence[Product], start: int, stop: int, *, heads: int
-) -> list[_Energies | None]:
-    by_head: list[list[Tensor]] = [[] for _ in products]
-    for head in range(heads):
-        cotangent = torch.zeros_like(x_bhtk)
-        cotangent[0, head, :, start:stop] = _weights(x_bhtk[0, head, :, start:stop])
-        found = gradients(x_bhtk, cotangent, [product.output for product in products])
-        for product, gradient, energies in zip(products, found, by_head, strict=True):
-            width = product.by_feature(product.output.detach()).shape[-1]
-            energies.append(
-                torch.zeros(width, dtype=torch.float64, device=x_bhtk.device)
-                if gradient is None
-                else product.by_feature(gradient).double().square().sum(0)
-            )
-    stacked = [torch.stack(energies) for energies in by_head]
-    return [_Energies(energy_hf, None) if bool((energy_hf != 0).any()) else None for energy_hf in stacked]
-
-
-def _energies_by_token(
-    x_bhtk: Tensor, products: Sequence[Product], start: int, stop: int
-) -> list[_Energies | None] | None:
-    _, heads, length, _ = x_bhtk.shape
-    by_product: list[list[Tensor]] = [[] for _ in products]
-    tokens: list[Tensor | None] = [None for _ in products]
-    for first in range(0, heads, length):
-        chunk = range(first, min(first + length, heads))
-        cotangent = torch.zeros_like(x_bhtk)
-        for index, head in enumerate(chunk):
-            mine = x_bhtk[0, head, index :: len(chunk), start:stop]
-            cotangent[0, head, index :: len(chunk), start:stop] = _weights(mine)
-        found = gradients(x_bhtk, cotangent, [product.output for product in products])
-        for at, (product, gradient) in enumerate(zip(products, found, strict=True)):
-            if gradient is None:
-                continue
-            gradient_nf = product.by_feature(gradient)
-            tokens_t = (gradient_nf != 0).any(-1).nonzero().flatten()
-            if tokens_t.numel() == 0:
-                continue
-            if tokens_t.numel() != length:
-                return None  # rows without any gradient, or tokens that mix: head by head instead
-            tokens[at] = tokens_t
-            seen_tf = gradient_nf[tokens_t].double().square()
-            by_product[at] += [seen_tf[index :: len(chunk)].sum(0) for index in range(len(chunk))]
-    if any(energies and len(energies) != heads for energies in by_product):
-        return []
-    return [
-        _Energies(torch.stack(energies), tokens_t) if energies else None
-        for energies, tokens_t in zip(by_product, tokens, strict=True)
-    ]
-
-
-def _weights(part: Tensor) -> Tensor:
-    """Weights of no common ratio, so that no two contributions cancel; a formula, not the random generator."""
-    weights = torch.linspace(0.5, 1.5, part.numel(), device=part.device).view(part.shape)
-    signs = torch.where(torch.arange(part.shape[-1], device=part.device) % 2 == 0, 1.0, -0.7)
-    return (weights * signs).to(part.dtype)
 
 
 # --- what lies between --------------------------------------------------------------------------------------

@@ -39,15 +39,6 @@ _HEADS = (
     "head_num",
     "attention_heads",
 )
-_KV_HEADS = (
-    "num_key_value_heads",
-    "num_kv_heads",
-    "n_kv_heads",
-    "n_kv_head",
-    "kv_heads",
-    "n_local_kv_heads",
-    "num_query_groups",
-)
 _HEAD_DIM = (
     "head_dim",
     "head_size",

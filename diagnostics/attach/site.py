@@ -84,11 +84,6 @@ class Projection:
     inner: "Projection | None" = None
     more: "tuple[Projection, ...]" = ()
 
-    @property
-    def is_composed(self) -> bool:
-        """Whether more than rows of one parameter make up the heads' weights."""
-        return self.gain is not None or self.inner is not None or bool(self.more)
-
     def each(self) -> "Iterator[Projection]":
         """This projection and all that it is composed with."""
         yield self

@@ -106,10 +106,6 @@ class Worker:
             return False
         return True
 
-    @property
-    def backlog(self) -> int:
-        return self._jobs.qsize()
-
     def stop(self, last: Callable[[], None], timeout_s: float = 60.0) -> None:
         """Finishes the queue, runs `last` and ends the thread; gives up waiting after `timeout_s`."""
         try:
