@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# The trackers that the bench compares with: an environment of their own, which nothing else sees.
+PEERS := .venv-bench
+PEERS_PIP := $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # DASHBOARD=0: `make demo` ends after the reports.
 DASHBOARD ?= 1
 
@@ -12,7 +15,7 @@ help:
 	@echo "make demo    train the demonstration runs, print their reports, serve the dashboard (DASHBOARD=0: do not)"
 	@echo "make test    run the tests"
 	@echo "make check   lint, format, types, content of the wheel"
-	@echo "make bench   print what the measurements and the recorder cost"
+	@echo "make bench   print what the measurements, the recorder and the store cost, beside other trackers"
 	@echo "make clean   remove what the above made, runs excepted"
 
 demo: $(VENV)/.installed
@@ -27,11 +30,13 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_wheel.py
 
-bench: $(VENV)/.installed-dev
-	@set -e; for file in tests/bench/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+# tests/bench/store_*.py are the parts of store.py.
+bench: $(VENV)/.installed-dev $(PEERS)/.installed
+	@set -e; for file in $(filter-out tests/bench/store_%,$(sort $(wildcard tests/bench/*.py))); do \
+		echo "== $$file"; $(BIN)/python "$$file"; done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find diagnostics app cli tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -47,4 +52,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e '.[dev,zoo]'
+	touch $@
+
+# One after the other: the bench says of a tracker that cannot be installed that it was not measured, and why.
+$(PEERS)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m venv $(PEERS)
+	$(PEERS_PIP) torch
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"], sep="\n")' \
+		| while read -r peer; do $(PEERS_PIP) "$$peer" || echo "$$peer cannot be installed here"; done
 	touch $@

@@ -1,6 +1,5 @@
 """Several runs laid over each other on one step axis, and in one table."""
 
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -10,16 +9,17 @@ from .data import READER
 from .drawing import draw
 from .step_charts import compare_figure
 from .summary import RunCurves, highest, last_value, lowest
+from .verdict import verdict_on
 from .wording import labelled
 
 REFRESH_S = 3
 
 
-def render(runs: dict[str, Path], chosen: list[str]) -> None:
+def render(runs: dict[str, str], chosen: list[str]) -> None:
     """Draws the comparison.
 
     Args:
-        runs: name to directory of every run below the root.
+        runs: name to path or URI of every run below the root.
         chosen: names of the runs to compare.
     """
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
@@ -37,17 +37,18 @@ def render(runs: dict[str, Path], chosen: list[str]) -> None:
     st.fragment(_comparison, run_every=REFRESH_S if live else None)({name: runs[name] for name in names})
 
 
-def comparison_rows(runs: dict[str, Path]) -> list[dict[str, Any]]:
+def comparison_rows(runs: dict[str, str]) -> list[dict[str, Any]]:
     """One row per run; None where nothing was observed."""
     return [_row(name, path, READER.curves(path)) for name, path in runs.items()]
 
 
-def _row(name: str, path: Path, curves: RunCurves) -> dict[str, Any]:
+def _row(name: str, run: str, curves: RunCurves) -> dict[str, Any]:
+    info = READER.info(run)
     return {
         "run": name,
-        "state": labelled(READER.info(path)["state"]),
-        "status": labelled(READER.report(path).status),
-        "last step": None if curves.loss.empty else int(curves.loss["step"].iloc[-1]),
+        "state": labelled(info["state"]),
+        "status": labelled(verdict_on(run, info).status),
+        "last step": None if curves.loss.empty else _last_step(info, curves),
         "final loss": last_value(curves.loss),
         "lowest entropy": lowest(curves.entropy),
         "mean SEC": last_value(curves.sec_mean),
@@ -55,7 +56,13 @@ def _row(name: str, path: Path, curves: RunCurves) -> dict[str, Any]:
     }
 
 
-def _comparison(runs: dict[str, Path]) -> None:
+def _last_step(info: dict[str, Any], curves: RunCurves) -> int:
+    drawn = int(curves.loss["step"].iloc[-1])
+    # Of many steps the last point is a bucket's first.
+    return max(drawn, int(info.get("steps") or 0) - 1) if curves.resolution > 1 else drawn
+
+
+def _comparison(runs: dict[str, str]) -> None:
     config = st.column_config
     st.dataframe(
         pd.DataFrame(comparison_rows(runs)),

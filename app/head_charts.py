@@ -10,7 +10,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from .lines import curve_trace, limit_per_line
+from .lines import add_lines, curve_traces, limit_per_line
+from .series import curve_of
 from .style import GREY, NOT_OBSERVED, axis, legend_below, line_style, log_axis, new_figure
 
 MOST_SPECTRA = 400
@@ -102,16 +103,18 @@ def heat_figure(
     metric: HeadMetric,
     *,
     step: int,
+    last_step: int | None = None,
     scale: tuple[float, float],
     uirevision: str = "heat",
 ) -> go.Figure:
-    """Layers down, heads across, colour the metric at one step; what was not observed is crossed out.
+    """Layers down, heads across, colour the metric at one step or in a few; what was not observed is crossed out.
 
     Args:
-        frame: columns layer, head and the metric's, rows of this step only.
+        frame: columns layer, head and the metric's, one row per head.
         pairs: every (layer, head) of the run; the others of the grid stay empty.
         metric: what is shown.
         step: for the title.
+        last_step: likewise, where a value is the most alarming one of several steps.
         scale: ends of the colour scale.
         uirevision: zoom survives a new step as long as this stays the same.
     """
@@ -125,7 +128,9 @@ def heat_figure(
     short, pattern = short_names(layers)
     names = [short[layer] for layer in layers]
     figure = new_figure(
-        f"{metric.label} at step {step:,}",
+        f"{metric.label} at step {step:,}"
+        if last_step is None
+        else f"{metric.label} in steps {step:,} to {last_step:,}, the {'lowest' if metric.alarming_is_low else 'highest'}",
         130 + min(620, max(150, 34 * len(layers))),
         uirevision,
         plot_bgcolor="white",
@@ -185,7 +190,7 @@ def head_lines_figure(
     """The metric of every head of one layer over training, one line per head.
 
     Args:
-        frame: columns step, head and the metric's, rows of this layer only.
+        frame: columns step, head and the metric's, rows of this layer only; coarse ones may be (see series.py).
         layer: for the title.
         metric: what is shown.
         uirevision: zoom survives new data as long as this stays the same.
@@ -193,11 +198,16 @@ def head_lines_figure(
     figure = new_figure(f"{metric.title} of {layer}", 420, uirevision, hovermode="x unified")
     heads = sorted({int(head) for head in frame["head"]})
     limit = limit_per_line(len(heads))
+    curves = []
     for number, head in enumerate(heads):
-        rows = frame[frame["head"] == head]
-        curve = pd.DataFrame({"step": rows["step"], "value": rows[metric.column].astype("float64")})
+        curve = curve_of(frame[frame["head"] == head], metric.column)
         hover = f"%{{y:.4g}} {metric.unit}"
-        figure.add_trace(curve_trace(curve, f"head {head}", line_style(number), hover, limit=limit))
+        curves.append(
+            curve_traces(
+                curve, f"head {head}", line_style(number), hover, limit=limit, crowded=len(heads) > 1
+            )
+        )
+    add_lines(figure, curves)
     figure.layout.xaxis = axis("step", hoverformat=",d", rangemode="nonnegative")
     figure.layout.yaxis = axis(metric.label)
     legend_below(figure, len(heads), _HEAD_LEGEND_PX)

@@ -3,7 +3,8 @@
 import os
 import sys
 from importlib.resources import files
-from pathlib import Path
+
+from diagnostics.store.place import place
 
 CONTROL_FLAG = "--allow-control"
 
@@ -17,7 +18,7 @@ def dashboard_command(
     main.py may be called like an installed or a standard one.
 
     Args:
-        root: a run directory or a directory that holds runs.
+        root: a run directory or a directory that holds runs, or the URI of one.
         host: address to listen on.
         port: port to listen on.
         allow_control: whether people may send commands to live runs from the page.
@@ -36,7 +37,7 @@ def dashboard_command(
     }
     arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
     flags = [CONTROL_FLAG] if allow_control else []
-    return [sys.executable, "-m", "streamlit", "run", str(main), *arguments, "--", str(Path(root)), *flags]
+    return [sys.executable, "-m", "streamlit", "run", str(main), *arguments, "--", str(place(root)), *flags]
 
 
 def dashboard_environment() -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from .style import BLUE, GREY, ORANGE, SKY, VERMILION
+from .style import BLACK, BLUE, GREY, ORANGE, SKY, VERMILION
 from .summary import Mark, NotFinite, TauSpan
 
 DEFAULT_TAU = 0.01
@@ -109,11 +109,12 @@ _MARK_STYLES: tuple[tuple[str, str | None, str, dict[str, Any]], ...] = (
     ("alert", "warning", "alert (warning)", {"color": ORANGE, "width": 1.6, "dash": "dash"}),
     ("alert", "info", "alert (info, or cleared)", {"color": GREY, "width": 1.2, "dash": "dot"}),
     ("control", None, "control command", {"color": BLUE, "width": 1.8, "dash": "dashdot"}),
+    ("attempt", None, "resumed", {"color": BLACK, "width": 1.4, "dash": "longdash"}),
 )
 
 
 def add_marks(figure: go.Figure, marks: Sequence[Mark], mark_axis: str) -> None:
-    """Alerts and commands as vertical lines, one trace per kind.
+    """Alerts, commands and resumes as vertical lines, one trace per kind.
 
     Args:
         figure: is added to.

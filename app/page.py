@@ -3,22 +3,22 @@
 import sys
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import streamlit as st
 
 from diagnostics.errors import DamagedDataWarning, DiagnosticsError
-from diagnostics.store.read import find_runs
+from diagnostics.store.place import is_uri, place
 
 from . import browser, compare, run_page
 from .launch import CONTROL_FLAG
+from .listing import run_names
 
 
 @dataclass(frozen=True)
 class Settings:
     """What the server was started with."""
 
-    root: Path
+    root: str
     allow_control: bool
 
 
@@ -39,25 +39,19 @@ def render() -> None:
         st.error(str(error))
 
 
-def run_names(root: Path) -> dict[str, Path]:
-    """The runs below `root` by the name that the address and the pages use: the path relative to `root`."""
-    return {
-        (path.resolve().name if path == root else path.relative_to(root).as_posix()): path
-        for path in find_runs(root)
-    }
-
-
-def _route(settings: Settings, runs: dict[str, Path]) -> None:
+def _route(settings: Settings, runs: dict[str, str]) -> None:
     chosen = st.query_params.get("run")
     compared = st.query_params.get_all("compare")
     unknown = [name for name in ([chosen] if chosen else compared) if name not in runs]
     if unknown:
         st.error(f"There is no run {unknown[0]!r} below {settings.root} (any more).")
         chosen, compared = None, []
-    single = next(iter(runs)) if list(runs.values()) == [settings.root] else None
+    single = next(iter(runs)) if list(runs.values()) == [str(place(settings.root))] else None
     if chosen or single:
         name = str(chosen or single)
-        run_page.render(name, runs[name], allow_control=settings.allow_control, has_list=single is None)
+        # Commands travel through a folder beside the training.
+        allow_control = settings.allow_control and not is_uri(runs[name])
+        run_page.render(name, runs[name], allow_control=allow_control, has_list=single is None)
     elif compared:
         compare.render(runs, compared)
     else:
@@ -66,7 +60,7 @@ def _route(settings: Settings, runs: dict[str, Path]) -> None:
 
 def _settings(arguments: list[str]) -> Settings | None:
     roots = [word for word in arguments if word != CONTROL_FLAG]
-    return Settings(Path(roots[0]), CONTROL_FLAG in arguments) if roots else None
+    return Settings(roots[0], CONTROL_FLAG in arguments) if roots else None
 
 
 # Streamlit leaves the top 6 rem of a page empty; a person with a dying run wants the verdict there.

@@ -2,18 +2,19 @@
 
 from collections.abc import Callable
 from datetime import datetime, tzinfo
-from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pandas as pd
 import streamlit as st
 
 from . import run_info
 from .data import READER
-from .drawing import draw
+from .drawing import draw, shown_steps
 from .head_charts import (
     HEAD_METRICS,
     HeadMetric,
+    Pair,
     all_heads,
     head_lines_figure,
     heat_figure,
@@ -22,41 +23,64 @@ from .head_charts import (
     spectrum_lines_figure,
     spectrum_map_figure,
 )
+from .head_map import MOST_COLUMNS, alarming, heads_over_steps_figure
+from .series import curve_of, spliced, whole_buckets
 from .summary import tau_spans
 from .update_charts import largest_updates, scalar_figure, update_figure
+from .verdict import verdict_on
+from .wording import resolution_words
 
 T = TypeVar("T")
 
-_TABLE_COLUMNS = ("step", "time_s", "loss", "measured", "overhead_s", "loss_not_finite")
+_GRID, _MAP = "one step", "over training"
+# What single steps are offered on a slider; of more, a person looks at the map and zooms.
+_MOST_OFFERED = 5000
+_UPDATE_METRICS = ("ratio", "scale")
 
 
-def render(name: str, run_dir: Path) -> None:
+def render(name: str, run: str) -> None:
     """Draws the section that is chosen.
 
     Args:
         name: the run's name; charts keep their zoom as long as it stays the same.
-        run_dir: its directory.
+        run: its path or URI.
     """
     section = st.segmented_control(
         "Details", list(_SECTIONS), default=next(iter(_SECTIONS)), key="section", label_visibility="collapsed"
     )
     # None: the chosen button was clicked once more.
-    _SECTIONS[section or next(iter(_SECTIONS))](name, run_dir)
+    _SECTIONS[section or next(iter(_SECTIONS))](name, run)
 
 
-def _heat(name: str, run_dir: Path) -> None:
-    metric = _metric("heat-metric")
-    frame = READER.table(run_dir, metric.table)
+def _heat(name: str, run: str) -> None:
+    left, right = st.columns([3, 1], vertical_alignment="bottom")
+    with left:
+        metric = _metric("heat-metric")
+    info = READER.info(run)
+    long = READER.resolution(run, metric.table) > 1
+    drawing = right.segmented_control(
+        "Heads", [_GRID, _MAP], default=_MAP if long else _GRID, key="heat-drawing"
+    )
+    # Of a long run as many columns as the map has, or a slider offers.
+    frame, resolution = READER.series(
+        run, metric.table, (metric.column,), most=MOST_COLUMNS if long else None
+    )
     if not _has_rows(frame, metric.table):
         return
-    info = READER.info(run_dir)
-    step = _step(sorted(int(value) for value in frame["step"].unique()), live=info["state"] == "running")
+    pairs = all_heads(info.get("sites") or [], frame)
+    if drawing == _MAP:
+        _head_map(name, run, metric, pairs, frame, resolution)
+        return
+    values = frame[["step", "layer", "head"]].assign(**{metric.column: alarming(frame, metric)})
+    steps = np.unique(frame["step"].to_numpy()).tolist()
+    step = _step(steps[-_MOST_OFFERED:], live=info["state"] == "running")
     figure = heat_figure(
-        frame[frame["step"] == step],
-        all_heads(info.get("sites") or [], frame),
+        values[values["step"] == step],
+        pairs,
         metric,
         step=step,
-        scale=metric_range(frame[metric.column]),
+        last_step=step + resolution - 1 if resolution > 1 else None,
+        scale=metric_range(values[metric.column]),
         uirevision=f"{name} {metric.column}",
     )
     draw(figure, "heat")
@@ -65,26 +89,45 @@ def _heat(name: str, run_dir: Path) -> None:
     )
 
 
-def _heads(name: str, run_dir: Path) -> None:
+def _head_map(
+    name: str, run: str, metric: HeadMetric, pairs: list[Pair], frame: pd.DataFrame, resolution: int
+) -> None:
+    revision = f"{name} {metric.column} map"
+    span = shown_steps("head-map", revision)
+    detail = None
+    if span is not None and resolution > 1:
+        span = whole_buckets(span, resolution)
+        detail = (READER.series(run, metric.table, (metric.column,), span=span, most=MOST_COLUMNS)[0], span)
+    figure = heads_over_steps_figure(frame, pairs, metric, detail=detail, uirevision=revision)
+    draw(figure, "head-map", refines=resolution > 1)
+    _say_resolution(resolution)
+
+
+def _heads(name: str, run: str) -> None:
     metric = _metric("heads-metric")
-    frame = READER.table(run_dir, metric.table)
+    layers = _layers(run, metric.table)
+    if not layers:
+        _has_rows(pd.DataFrame(), metric.table)
+        return
+    layer = _choice(st, "Layer", layers, _worst(run)[0], "heads-layer")
+    frame, resolution = READER.series(run, metric.table, (metric.column,), layer=layer)
     if not _has_rows(frame, metric.table):
         return
-    layer = _choice(
-        st, "Layer", layer_order([str(x) for x in frame["layer"].unique()]), _worst(run_dir)[0], "heads-layer"
-    )
-    figure = head_lines_figure(
-        frame[frame["layer"] == layer], layer, metric, uirevision=f"{name} {layer} {metric.column}"
-    )
-    draw(figure, "heads")
+    revision = f"{name} {layer} {metric.column}"
+    if resolution > 1 and (span := shown_steps("heads", revision)) is not None:
+        span = whole_buckets(span, resolution)
+        part = READER.series(run, metric.table, (metric.column,), span=span, layer=layer)[0]
+        frame = spliced(frame, part, span)
+    draw(head_lines_figure(frame, layer, metric, uirevision=revision), "heads", refines=resolution > 1)
+    _say_resolution(resolution)
 
 
-def _spectrum(name: str, run_dir: Path) -> None:
-    frame = READER.table(run_dir, "spectra")
+def _spectrum(name: str, run: str) -> None:
+    frame, _ = READER.series(run, "spectra", ("sigma1",), most=MOST_COLUMNS)
     if not _has_rows(frame, "spectra"):
         return
     left, right = st.columns(2)
-    worst_layer, worst_head = _worst(run_dir)
+    worst_layer, worst_head = _worst(run)
     layers = layer_order([str(layer) for layer in frame["layer"].unique()])
     layer = _choice(left, "Layer", layers, worst_layer, "spectrum-layer")
     heads = sorted(int(head) for head in frame.loc[frame["layer"] == layer, "head"].unique())
@@ -93,7 +136,7 @@ def _spectrum(name: str, run_dir: Path) -> None:
         "Quantity", ["singular values", "share of energy"], default="singular values", key="spectrum-quantity"
     )
     drawing = right.segmented_control("Drawn as", ["map", "lines"], default="map", key="spectrum-drawing")
-    spectrum = READER.spectrum(run_dir, layer, head)
+    spectrum = READER.spectrum(run, layer, head)
     if spectrum.dropna(how="all").empty:
         st.info("No singular value of this head was observed.")
         return
@@ -105,8 +148,8 @@ def _spectrum(name: str, run_dir: Path) -> None:
     draw(figure, f"spectrum-{drawing}")
 
 
-def _updates(name: str, run_dir: Path) -> None:
-    updates = READER.table(run_dir, "updates")
+def _updates(name: str, run: str) -> None:
+    updates, resolution = READER.series(run, "updates", _UPDATE_METRICS)
     if not _has_rows(updates, "updates"):
         return
     known = sorted(str(parameter) for parameter in updates["parameter"].unique())
@@ -118,28 +161,37 @@ def _updates(name: str, run_dir: Path) -> None:
         key="updates-parameters",
         placeholder="the ones with the largest ratio at any step",
     )
-    taus = tau_spans(READER.table(run_dir, "events"), READER.info(run_dir))
-    figure = update_figure(updates, chosen or largest_updates(updates, int(count)), taus, uirevision=name)
-    draw(figure, "updates")
+    shown = chosen or largest_updates(updates, int(count))
+    taus = tau_spans(READER.table(run, "events"), READER.info(run))
+    if resolution > 1 and (span := shown_steps("updates", name)) is not None:
+        span = whole_buckets(span, resolution)
+        updates = spliced(updates, READER.series(run, "updates", _UPDATE_METRICS, span=span)[0], span)
+    draw(update_figure(updates, shown, taus, uirevision=name), "updates", refines=resolution > 1)
+    _say_resolution(resolution)
 
 
-def _scalars(name: str, run_dir: Path) -> None:
-    steps = READER.table(run_dir, "steps")
-    names = [
-        column for column in steps.columns if column not in _TABLE_COLUMNS and steps[column].notna().any()
-    ]
+def _scalars(name: str, run: str) -> None:
+    names = [column for column in READER.scalars(run) if column != "loss"]
     if not names:
         st.info("No scalar besides the loss: hand them in as `recorder.step(loss=loss, accuracy=accuracy)`.")
         return
     scalar = st.selectbox("Scalar", names, key="scalar")
-    curve = pd.DataFrame({"step": steps["step"], "value": steps[scalar].astype("float64")})
-    # Measured at some steps only: rows between them are no gaps.
-    observed = curve[curve["value"].notna() | steps["measured"].fillna(value=False).astype(bool)]
-    draw(scalar_figure(observed, scalar, uirevision=f"{name} {scalar}"), "scalar-figure")
+    steps, resolution = READER.series(run, "steps", (scalar,))
+    curve = curve_of(steps, scalar)
+    revision = f"{name} {scalar}"
+    if resolution == 1:
+        # Measured at some steps only: rows between them are no gaps.
+        curve = curve[curve["value"].notna() | steps["measured"].fillna(value=False).astype(bool)]
+    elif (span := shown_steps("scalar-figure", revision)) is not None:
+        span = whole_buckets(span, resolution)
+        part = curve_of(READER.series(run, "steps", (scalar,), span=span)[0], scalar)
+        curve = spliced(curve, part[part["value"].notna()], span)
+    draw(scalar_figure(curve, scalar, uirevision=revision), "scalar-figure", refines=resolution > 1)
+    _say_resolution(resolution)
 
 
-def _events(_name: str, run_dir: Path) -> None:
-    events = READER.table(run_dir, "events")
+def _events(_name: str, run: str) -> None:
+    events = READER.table(run, "events")
     if events.empty:
         st.info("No alert, command, warning or fault so far.")
         return
@@ -160,11 +212,11 @@ def _events(_name: str, run_dir: Path) -> None:
     )
 
 
-def _info(_name: str, run_dir: Path) -> None:
-    run_info.render(READER.info(run_dir), READER.table(run_dir, "steps"))
+def _info(_name: str, run: str) -> None:
+    run_info.render(READER.info(run), READER.overhead(run))
 
 
-_SECTIONS: dict[str, Callable[[str, Path], None]] = {
+_SECTIONS: dict[str, Callable[[str, str], None]] = {
     "Layers and heads": _heat,
     "Heads over training": _heads,
     "Singular spectrum": _spectrum,
@@ -179,10 +231,30 @@ def _metric(key: str) -> HeadMetric:
     return st.selectbox("Metric", HEAD_METRICS, format_func=lambda metric: metric.label, key=key)
 
 
-def _worst(run_dir: Path) -> tuple[str | None, int | None]:
+def _layers(run: str, table: str) -> list[str]:
+    """The layers of a table; of a long run, whose rows are not all read, those that its run.json names."""
+    if READER.resolution(run, table) == 1:
+        return layer_order([str(layer) for layer in READER.table(run, table)["layer"].unique()])
+    return layer_order([str(site["name"]) for site in READER.info(run).get("sites") or []])
+
+
+def _worst(run: str) -> tuple[str | None, int | None]:
     """The layer and head of the worst finding that names any: what a person looks for first."""
-    named = (finding for finding in READER.report(run_dir).findings if finding.layer is not None)
-    return next(((finding.layer, finding.head) for finding in named), (None, None))
+    report = verdict_on(run, READER.info(run)).report
+    if report is not None:
+        named = (finding for finding in report.findings if finding.layer is not None)
+        return next(((finding.layer, finding.head) for finding in named), (None, None))
+    events = READER.table(run, "events")
+    alerts = events[(events["kind"] == "alert") & events["layer"].notna()]
+    if alerts.empty:
+        return None, None
+    last = alerts.iloc[-1]
+    return str(last["layer"]), None if pd.isna(last["head"]) else int(last["head"])
+
+
+def _say_resolution(resolution: int) -> None:
+    if resolution > 1:
+        st.caption(resolution_words(resolution))
 
 
 def _choice(place: Any, label: str, options: list[T], first: T | None, key: str) -> T:  # noqa: ANN401 - Streamlit's

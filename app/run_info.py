@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 import pandas as pd
@@ -10,14 +11,15 @@ import streamlit as st
 from .wording import plain
 
 
-def render(info: Mapping[str, Any], steps: pd.DataFrame) -> None:
+def render(info: Mapping[str, Any], overhead: tuple[float, float] | None) -> None:
     """Draws the manifest in words and tables.
 
     Args:
         info: the manifest.
-        steps: columns step, time_s, overhead_s.
+        overhead: the recorder's seconds and the wall time, None where they are not known yet.
     """
-    st.markdown(plain(overhead_sentence(steps)))
+    st.markdown(plain(overhead_sentence(overhead)))
+    _attempts(info)
     left, right = st.columns(2)
     _mapping(left, "Configuration", info.get("config"))
     _mapping(right, "Model", info.get("model"))
@@ -39,20 +41,33 @@ def render(info: Mapping[str, Any], steps: pd.DataFrame) -> None:
         st.json({key: value for key, value in info.items() if key != "metrics"}, expanded=1)
 
 
-def overhead_sentence(steps: pd.DataFrame) -> str:
+def overhead_sentence(overhead: tuple[float, float] | None) -> str:
     """The recorder's measured share of wall time, from the first closed step to the last.
 
     Args:
-        steps: columns time_s and overhead_s, in step order.
+        overhead: seconds spent by the recorder, and seconds of wall time; None where they are not known yet.
     """
-    if len(steps) < 2 or steps["overhead_s"].isna().all():  # noqa: PLR2004 - a duration needs two times
+    if overhead is None or not overhead[1] > 0:
         return "Recorder overhead: not observed yet."
-    # The first step's overhead lies before its time: it is left out of both.
-    wall_s = float(steps["time_s"].iloc[-1] - steps["time_s"].iloc[0])
-    spent_s = float(steps["overhead_s"].iloc[1:].sum())
-    if not wall_s > 0:
-        return "Recorder overhead: not observed yet."
+    spent_s, wall_s = overhead
     return f"Recorder overhead: {spent_s:.3g} s of {wall_s:,.3g} s wall time, {100 * spent_s / wall_s:.2f} %."
+
+
+def _attempts(info: Mapping[str, Any]) -> None:
+    attempts = info.get("attempts")
+    if not isinstance(attempts, list) or len(attempts) < 2:  # noqa: PLR2004 - the first is the run itself
+        return
+    st.subheader("Attempts", anchor=False)
+    st.caption("Steps that a later attempt computed again are shown as it computed them.")
+    shown = ("attempt", "first_step", "state", "started_s", "ended_s", "error", "host")
+    frame = pd.DataFrame([{key: entry.get(key) for key in shown} for entry in attempts])
+    for column in ("started_s", "ended_s"):
+        seconds = pd.to_numeric(frame.pop(column), errors="coerce")
+        frame[column.removesuffix("_s")] = pd.to_datetime(seconds, unit="s", utc=True).dt.tz_convert(
+            datetime.now().astimezone().tzinfo
+        )
+    times = dict.fromkeys(("started", "ended"), st.column_config.DatetimeColumn(format="YYYY-MM-DD HH:mm"))
+    st.dataframe(frame, key="attempts", hide_index=True, width="stretch", placeholder="", column_config=times)
 
 
 def _mapping(column: Any, title: str, values: object) -> None:  # noqa: ANN401 - Streamlit's container

@@ -17,12 +17,13 @@ _ANSWERS_SHOWN = 5
 _BOUND = "spectral-bound"
 
 
-def render(run_dir: Path) -> None:
+def render(run: str) -> None:
     """Draws the panel.
 
     Args:
-        run_dir: its directory.
+        run: the path of a run on this machine.
     """
+    run_dir = Path(run)
     with st.expander("Control", expanded=True, key="control-panel"):
         tau_column, arm_column, disarm_column = st.columns([2, 1, 1], vertical_alignment="bottom")
         tau = tau_column.number_input(

@@ -6,7 +6,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from .lines import curve_trace, limit_per_line
+from .lines import curve_traces, limit_per_line
 from .overlays import add_marks, add_not_finite, add_tau_lines
 from .style import (
     BLACK,
@@ -47,6 +47,7 @@ ROWS = (
     _Row("ratio", "largest update ratio σ₁(ΔW) / σ₁(W)", log=True),
 )
 _AXES = {row.key: f"y{number + 1 if number else ''}" for number, row in enumerate(ROWS)}
+_LOG = {row.key: row.log for row in ROWS}
 _MARK_AXIS = f"y{len(ROWS) + 1}"
 
 
@@ -59,6 +60,8 @@ def overview_figure(
 ) -> go.Figure:
     """Loss, entropy, SEC, logits and update ratio of one run, stacked on one step axis, with alerts and commands.
 
+    Where a point stands for many steps, a band reaches from their lowest to their highest value.
+
     Args:
         curves: the run's per-step summary.
         marks: events drawn as lines through every row.
@@ -66,7 +69,7 @@ def overview_figure(
         uirevision: zoom survives new data as long as this stays the same.
     """
     figure = _stacked(uirevision)
-    span = smoothing_span(len(curves.loss))
+    span = smoothing_span(curves.loss)
     raw = {"color": _RAW_LOSS if span > 1 else BLUE, "width": 1}
     lines = [
         (curves.loss, "loss", "loss", raw, "%{y:.4g}"),
@@ -80,10 +83,10 @@ def overview_figure(
         smooth = smoothed(curves.loss, span)
         lines.insert(1, (smooth, f"loss, mean of ~{span} steps", "loss", _solid(BLUE), "%{y:.4g}"))
     for curve, name, row, style, hover in lines:
-        trace = curve_trace(curve, name, style, hover, yaxis=_AXES[row])
+        traces = curve_traces(curve, name, style, hover, yaxis=_AXES[row], log=_LOG[row])
         # A row with one curve is named by its title.
-        trace.showlegend = row in ("loss", "sec_max")
-        figure.add_trace(trace)
+        traces[-1].showlegend = row in ("loss", "sec_max")
+        figure.add_traces(traces)
     add_tau_lines(figure, taus, _AXES["ratio"], _step_range(curves), fired=curves.bound_fired)
     add_not_finite(figure, curves.loss_not_finite, _AXES["loss"], _MARK_AXIS)
     add_marks(figure, marks, _MARK_AXIS)
@@ -103,7 +106,7 @@ def compare_figure(runs: Mapping[str, RunCurves], *, uirevision: str = "compare"
     limit = limit_per_line(len(runs))
     observed = dict.fromkeys(_AXES, False)
     for number, (name, curves) in enumerate(runs.items()):
-        span = smoothing_span(len(curves.loss))
+        span = smoothing_span(curves.loss)
         shown: dict[str, Curve] = {
             "loss": smoothed(curves.loss, span) if span > 1 else curves.loss,
             "entropy": curves.entropy,
@@ -113,11 +116,18 @@ def compare_figure(runs: Mapping[str, RunCurves], *, uirevision: str = "compare"
         }
         known = [row for row, curve in shown.items() if curve["value"].notna().any()]
         for row in known:
-            trace = curve_trace(
-                shown[row], name, line_style(number), "%{y:.4g}", limit=limit, yaxis=_AXES[row]
+            *bands, line = curve_traces(
+                shown[row],
+                name,
+                line_style(number),
+                "%{y:.4g}",
+                limit=limit,
+                yaxis=_AXES[row],
+                log=_LOG[row],
             )
-            trace.update(legendgroup=name, showlegend=row == known[0])
-            figure.add_trace(trace)
+            line.update(showlegend=row == known[0])
+            for trace in (*bands, line):
+                figure.add_trace(trace.update(legendgroup=name))
             observed[row] = True
     figure.layout.annotations[2].text = "spectral energy concentration SEC₁, mean of heads (share, 0 to 1)"
     figure.layout.annotations[0].text = "loss (smoothed as on the run's page)"
@@ -125,9 +135,9 @@ def compare_figure(runs: Mapping[str, RunCurves], *, uirevision: str = "compare"
     return figure
 
 
-def smoothing_span(steps: int) -> int:
-    """Rows the drawn loss is averaged over: 1 % of the run, and none at all for a short one."""
-    return max(5, steps // 100) if steps >= _SHORT_RUN else 1
+def smoothing_span(loss: Curve) -> int:
+    """Rows the drawn loss is averaged over: 1 % of the run, and none at all for a short one or one of means."""
+    return max(5, len(loss) // 100) if len(loss) >= _SHORT_RUN and "low" not in loss else 1
 
 
 def _solid(colour: str) -> dict[str, Any]:

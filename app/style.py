@@ -34,6 +34,12 @@ def line_style(number: int) -> dict[str, Any]:
     }
 
 
+def faded(colour: str, opacity: float) -> str:
+    """A `#rrggbb` colour that lets through what lies behind it."""
+    red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
+    return f"rgba({red}, {green}, {blue}, {opacity})"
+
+
 def new_figure(title: str, height: int, uirevision: str, **layout: Any) -> go.Figure:  # noqa: ANN401 - Plotly's
     """An empty figure in the common style.
 

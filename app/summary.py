@@ -1,20 +1,26 @@
-"""A run's tables in, one curve per quantity out: what the step charts and the run list show. Pandas only."""
+"""A run's tables in, one curve per quantity out: what the step charts and the run list show. Pandas only.
+
+The tables may be coarse ones (see series.py). Then a curve's value is a mean over a bucket of steps, and its low and
+high enclose every step's value, so that a spike of one step is seen.
+"""
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from .series import HIGH, LOW, Span, curve_of, finite, is_coarse, spliced
+
 DRAWN_KINDS = ("alert", "control")
 _REMEDY_KINDS = ("control", "remedy")
 _REFUSED = ("rejected", "expired")
 
-# A curve is a DataFrame with columns step (ascending), value (NaN: not observed) and, where a head or
-# parameter was picked out, where.
+# A curve is a DataFrame with columns step (ascending), value (NaN: not observed), of coarse rows low and high, and,
+# where a head or parameter was picked out, where.
 Curve = pd.DataFrame
 
 
@@ -43,6 +49,7 @@ class RunCurves:
         logit: largest scaled logit of any head.
         ratio: largest sigma1(dW) / sigma1(W) of any parameter.
         bound_fired: whether a bound held back any update.
+        resolution: steps that a point stands for at most; 1 where every point is a step.
     """
 
     loss: Curve = field(default_factory=empty_curve)
@@ -53,6 +60,19 @@ class RunCurves:
     logit: Curve = field(default_factory=empty_curve)
     ratio: Curve = field(default_factory=empty_curve)
     bound_fired: bool = False
+    resolution: int = 1
+
+    def with_detail(self, detail: "RunCurves", span: Span) -> "RunCurves":
+        """These curves with those of `detail` in a range of steps."""
+        return replace(
+            self,
+            loss=spliced(self.loss, detail.loss, span),
+            entropy=spliced(self.entropy, detail.entropy, span),
+            sec_mean=spliced(self.sec_mean, detail.sec_mean, span),
+            sec_max=spliced(self.sec_max, detail.sec_max, span),
+            logit=spliced(self.logit, detail.logit, span),
+            ratio=spliced(self.ratio, detail.ratio, span),
+        )
 
 
 @dataclass(frozen=True)
@@ -75,25 +95,32 @@ class TauSpan:
 
 
 def run_curves(
-    steps: pd.DataFrame, attention: pd.DataFrame, spectra: pd.DataFrame, updates: pd.DataFrame
+    steps: pd.DataFrame,
+    attention: pd.DataFrame,
+    spectra: pd.DataFrame,
+    updates: pd.DataFrame,
+    *,
+    resolutions: Sequence[int] = (1, 1, 1, 1),
 ) -> RunCurves:
-    """Per-step summary of a run.
+    """Per-step summary of a run, from rows as recorded or from coarse ones.
 
     Args:
         steps: columns step, loss, loss_not_finite (bool: handed in, but NaN or infinite).
         attention: columns step, layer, head, entropy, max_logit.
         spectra: columns step, layer, head, sec_1.
         updates: columns step, parameter, ratio, scale.
+        resolutions: steps that a row of each table stands for; 1: as recorded.
     """
     return RunCurves(
-        loss=pd.DataFrame({"step": steps["step"], "value": _finite(steps["loss"])}),
-        loss_not_finite=_not_finite_runs(steps),
+        loss=curve_of(steps, "loss"),
+        loss_not_finite=_not_finite_runs(steps, resolutions[0]),
         entropy=_extreme(attention, "entropy", ("layer", "head"), largest=False),
         sec_mean=_mean(spectra, "sec_1"),
         sec_max=_extreme(spectra, "sec_1", ("layer", "head"), largest=True),
         logit=_extreme(attention, "max_logit", ("layer", "head"), largest=True),
         ratio=_extreme(updates, "ratio", ("parameter",), largest=True),
-        bound_fired=bool((updates["scale"] < 1).any()),
+        bound_fired=bool((updates["scale" + LOW if is_coarse(updates, "scale") else "scale"] < 1).any()),
+        resolution=max(resolutions),
     )
 
 
@@ -103,12 +130,12 @@ def last_value(curve: Curve) -> float | None:
 
 
 def lowest(curve: Curve) -> float | None:
-    known = curve["value"].dropna()
+    known = curve["low" if "low" in curve else "value"].dropna()
     return None if known.empty else float(known.min())
 
 
 def highest(curve: Curve) -> float | None:
-    known = curve["value"].dropna()
+    known = curve["high" if "high" in curve else "value"].dropna()
     return None if known.empty else float(known.max())
 
 
@@ -125,6 +152,24 @@ def marks_of(events: pd.DataFrame) -> tuple[Mark, ...]:
         Mark(int(row["step"]), str(row["kind"]), str(row["severity"] or "info"), _event_text(row))
         for row in drawn.to_dict("records")
     )
+
+
+def resumes(info: Mapping[str, Any]) -> tuple[Mark, ...]:
+    """Where later attempts at the run went on, as run.json tells; one that has closed no step yet is left out."""
+    marks = []
+    before: Mapping[str, Any] = {}
+    for entry in _attempts(info):
+        number, step = entry.get("attempt"), entry.get("first_step")
+        if isinstance(number, int) and number > 1 and isinstance(step, int):
+            was = f" (attempt {before['attempt']}: {before.get('state')})" if "attempt" in before else ""
+            marks.append(Mark(step, "attempt", "info", f"attempt {number} resumed at step {step:,}{was}"))
+        before = entry
+    return tuple(marks)
+
+
+def _attempts(info: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    attempts = info.get("attempts")
+    return [entry for entry in attempts if isinstance(entry, Mapping)] if isinstance(attempts, list) else []
 
 
 def tau_spans(events: pd.DataFrame, info: Mapping[str, Any]) -> tuple[TauSpan, ...]:
@@ -168,38 +213,70 @@ def place(layer: object, head: object) -> str:
     return " ".join([*words, f"head {head}"] if isinstance(head, (int, np.integer)) else words)
 
 
-def _finite(values: pd.Series) -> pd.Series:
-    return values.astype("float64").where(np.isfinite(values.astype("float64")))
-
-
 def _extreme(frame: pd.DataFrame, column: str, keys: tuple[str, ...], *, largest: bool) -> Curve:
-    rows = pd.DataFrame({"step": frame["step"], "value": _finite(frame[column])}).reset_index(drop=True)
+    if is_coarse(frame, column):
+        return _extreme_of_buckets(frame, column, keys, largest=largest)
+    rows = pd.DataFrame({"step": frame["step"], "value": finite(frame[column])}).reset_index(drop=True)
     grouped = rows.dropna(subset="value").groupby("step")["value"]
     picked = rows.loc[(grouped.idxmax() if largest else grouped.idxmin()).to_numpy(dtype=np.int64)]
-    chosen = frame.iloc[picked.index.to_numpy()]
-    if keys == ("layer", "head"):
-        where = [place(layer, head) for layer, head in zip(chosen["layer"], chosen["head"], strict=True)]
-    else:
-        where = [str(value) for value in chosen[keys[0]]]
+    where = _places(frame.iloc[picked.index.to_numpy()], keys)
     picked = picked.assign(where=pd.Series(where, index=picked.index, dtype=object))
     every_step = pd.DataFrame({"step": np.unique(rows["step"].to_numpy(dtype=np.int64))})
     return every_step.merge(picked, on="step", how="left")
 
 
+def _extreme_of_buckets(frame: pd.DataFrame, column: str, keys: tuple[str, ...], *, largest: bool) -> Curve:
+    """The curve of the outermost head, of which coarse rows know bounds.
+
+    At each step of a bucket the lowest of all heads is no lower than the lowest minimum, and no higher than the
+    lowest maximum; so is, mirrored, the highest. The value is the outermost mean.
+    """
+    step_n = frame["step"].to_numpy(dtype=np.int64)
+    if not len(step_n):
+        empty = pd.Series(dtype="float64")
+        return pd.DataFrame({"step": step_n, "value": empty, "low": empty, "high": empty})
+    edges = np.flatnonzero(np.concatenate([[True], np.diff(step_n) > 0]))
+    outermost = np.fmax if largest else np.fmin
+    bounds = {
+        name: outermost.reduceat(finite(frame[column + suffix]).to_numpy(), edges)
+        for name, suffix in (("value", ""), ("low", LOW), ("high", HIGH))
+    }
+    # The head that is named is the one that went furthest.
+    furthest_n = finite(frame[column + (HIGH if largest else LOW)]).to_numpy()
+    bound_n = np.repeat(bounds["high" if largest else "low"], np.diff(np.concatenate([edges, [len(step_n)]])))
+    at = np.flatnonzero(furthest_n == bound_n)
+    known, first = np.unique(step_n[at], return_index=True)
+    where = pd.Series(index=step_n[edges], dtype=object)
+    where.loc[known] = _places(frame.iloc[at[first]], keys)
+    return pd.DataFrame({"step": step_n[edges], **bounds, "where": where.to_numpy()})
+
+
+def _places(rows: pd.DataFrame, keys: tuple[str, ...]) -> list[str]:
+    if keys == ("layer", "head"):
+        return [place(layer, head) for layer, head in zip(rows["layer"], rows["head"], strict=True)]
+    return [str(value) for value in rows[keys[0]]]
+
+
 def _mean(frame: pd.DataFrame, column: str) -> Curve:
-    rows = pd.DataFrame({"step": frame["step"].astype("int64"), "value": _finite(frame[column])})
+    rows = pd.DataFrame({"step": frame["step"].astype("int64"), "value": finite(frame[column])})
     return rows.groupby("step", sort=True)["value"].mean().reset_index()
 
 
-def _not_finite_runs(steps: pd.DataFrame) -> tuple[NotFinite, ...]:
+def _not_finite_runs(steps: pd.DataFrame, resolution: int) -> tuple[NotFinite, ...]:
     bad = steps["loss_not_finite"].to_numpy(dtype=bool)
     edges = np.flatnonzero(np.diff(np.concatenate([[False], bad, [False]]).astype(np.int8)))
     at = steps["step"].to_numpy(dtype=np.int64)
     losses = steps["loss"].to_numpy(dtype=np.float64)
     return tuple(
-        NotFinite(int(at[first]), int(at[end - 1]), "NaN" if np.isnan(losses[first]) else "infinite")
+        NotFinite(int(at[first]), int(at[end - 1]) + resolution - 1, _not_finite(losses[first], resolution))
         for first, end in zip(edges[::2], edges[1::2], strict=True)
     )
+
+
+def _not_finite(loss: float, resolution: int) -> str:
+    if resolution > 1:
+        return "not finite"
+    return "NaN" if np.isnan(loss) else "infinite"
 
 
 def _event_text(row: Mapping[Any, Any]) -> str:

@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from .lines import curve_trace, limit_per_line
+from .lines import add_lines, curve_traces, limit_per_line
 from .overlays import add_tau_lines
+from .series import HIGH, LOW, curve_of, is_coarse
 from .style import BLACK, axis, legend_below, line_style, log_axis, new_figure
 from .summary import TauSpan
 
@@ -20,11 +21,12 @@ def largest_updates(updates: pd.DataFrame, count: int) -> list[str]:
     """The parameters with the largest ratio at any step, the largest first.
 
     Args:
-        updates: columns parameter, ratio.
+        updates: columns parameter, ratio; coarse ones may be (see series.py).
         count: how many.
     """
-    finite = updates[np.isfinite(updates["ratio"].astype("float64"))]
-    top = finite.groupby("parameter")["ratio"].max().sort_values(ascending=False, kind="stable")
+    column = "ratio" + HIGH if is_coarse(updates, "ratio") else "ratio"
+    finite = updates[np.isfinite(updates[column].astype("float64"))]
+    top = finite.groupby("parameter")[column].max().sort_values(ascending=False, kind="stable")
     return [str(name) for name in top.index[:count]]
 
 
@@ -34,31 +36,36 @@ def update_figure(
     """sigma1(dW) / sigma1(W) by parameter with the tau line, and marks where the bound held an update back.
 
     Args:
-        updates: columns step, parameter, ratio, scale.
+        updates: columns step, parameter, ratio, scale; coarse ones may be (see series.py).
         parameters: which to draw, in the order of the legend.
         taus: when the bound was armed; without any a dashed reference is drawn.
         uirevision: zoom survives new data as long as this stays the same.
     """
     figure = new_figure("size of each update against its weight", 480, uirevision, hovermode="closest")
     limit = limit_per_line(len(parameters))
+    curves = []
     for number, parameter in enumerate(parameters):
-        rows = updates[updates["parameter"] == parameter]
-        ratio = rows["ratio"].astype("float64")
+        curve = curve_of(updates[updates["parameter"] == parameter], "ratio")
         # A zero or infinite ratio has no place on a log axis; the gap says so better than a clipped point.
-        drawable = ratio.where(np.isfinite(ratio) & (ratio > 0))
-        curve = pd.DataFrame({"step": rows["step"], "value": drawable})
-        hover = f"{parameter}<br>step %{{x:,d}}<br>ratio %{{y:.4g}}<extra></extra>"
-        figure.add_trace(curve_trace(curve, parameter, line_style(number), hover, limit=limit))
-    fired = updates[updates["parameter"].isin(list(parameters)) & (updates["scale"] < 1)]
+        curve["value"] = curve["value"].where(curve["value"] > 0)
+        hover = f"{parameter}<br>step %{{x:,d}}<br>ratio %{{y:.4g}}"
+        traces = curve_traces(
+            curve, parameter, line_style(number), hover, limit=limit, log=True, crowded=len(parameters) > 1
+        )
+        traces[-1].hovertemplate += "<extra></extra>"
+        curves.append(traces)
+    add_lines(figure, curves)
+    least = "scale" + LOW if is_coarse(updates, "scale") else "scale"
+    fired = updates[updates["parameter"].isin(list(parameters)) & (updates[least] < 1)]
     if len(fired):
-        figure.add_trace(_fired_trace(fired))
+        figure.add_trace(_fired_trace(fired, least))
     steps = updates["step"]
     ends = (int(steps.min()), int(steps.max())) if len(steps) else (0, 1)
-    add_tau_lines(figure, taus, "y", ends, fired=bool((updates["scale"] < 1).any()))
+    add_tau_lines(figure, taus, "y", ends, fired=bool((updates[least] < 1).any()))
     figure.layout.xaxis = axis("step", hoverformat=",d", rangemode="nonnegative")
     # 1, 2, 5 within a decade; over many decades these would stand on each other.
     figure.layout.yaxis = log_axis("σ₁(ΔW) / σ₁(W)", dtick=1 if _decades(figure) > _MANY_DECADES else "D2")
-    legend_below(figure, len(figure.data), _NAME_PX)
+    legend_below(figure, sum(trace.showlegend is not False for trace in figure.data), _NAME_PX)
     return figure
 
 
@@ -66,12 +73,12 @@ def scalar_figure(curve: pd.DataFrame, name: str, *, uirevision: str = "scalar")
     """One scalar of the training loop over its steps.
 
     Args:
-        curve: columns step and value.
+        curve: columns step and value, and low and high where a point stands for many steps.
         name: of the scalar, as it was handed in.
         uirevision: zoom survives new data as long as this stays the same.
     """
     figure = new_figure(name, 360, uirevision, hovermode="x unified")
-    figure.add_trace(curve_trace(curve, name, line_style(0), "%{y:.5g}"))
+    figure.add_traces(curve_traces(curve, name, line_style(0), "%{y:.5g}"))
     figure.layout.xaxis = axis("step", hoverformat=",d", rangemode="nonnegative")
     figure.layout.yaxis = axis(name)
     known = curve["value"].dropna()
@@ -87,7 +94,7 @@ def _decades(figure: go.Figure) -> float:
     return float(np.log10(known.max() / known.min())) if known.size else 0.0
 
 
-def _fired_trace(fired: pd.DataFrame) -> go.Scatter:
+def _fired_trace(fired: pd.DataFrame, least: str) -> go.Scatter:
     shown = fired.iloc[
         np.unique(np.linspace(0, len(fired) - 1, min(_MOST_FIRED, len(fired))).round().astype(int))
     ]
@@ -99,6 +106,6 @@ def _fired_trace(fired: pd.DataFrame) -> go.Scatter:
         if len(shown) == len(fired)
         else f"bound fired ({len(fired):,} times, thinned)",
         marker={"symbol": "triangle-down-open", "size": 8, "color": BLACK},
-        customdata=np.column_stack([shown["parameter"].astype(object), shown["scale"].astype(object)]),
+        customdata=np.column_stack([shown["parameter"].astype(object), shown[least].astype(object)]),
         hovertemplate="%{customdata[0]}<br>step %{x:,d}<br>update scaled by %{customdata[1]:.3g}<extra></extra>",
     )

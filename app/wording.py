@@ -123,6 +123,14 @@ def ago(unix_s: object) -> str:
     return f"{passed_s:.0f} s ago"
 
 
+def resolution_words(resolution: int) -> str:
+    """What a point of a curve is, where it is no single step."""
+    return (
+        f"Each point stands for {resolution:,} steps: the line is their mean, the band reaches from the lowest to the "
+        "highest, so that a spike of one step is seen. Zoom in for single steps."
+    )
+
+
 def _evidence_value(value: object) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"[{', '.join(number(item) for item in value)}]"

@@ -1,5 +1,6 @@
 """`diagnostics control RUN COMMAND`: sends a command to a live run and shows what the run did with it."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,9 @@ import typer
 from diagnostics.control.commands import COMMANDS, check_command
 from diagnostics.control.mailbox import await_acknowledgement, send
 from diagnostics.errors import CommandError
+from diagnostics.store.manifest import read_manifest
+from diagnostics.store.place import place
+from diagnostics.store.remote.folder import shown_uri
 
 from .exits import FOUND, OK
 from .output import answers, say
@@ -18,7 +22,7 @@ from .words import number
 # One command with every option instead of a sub-command each: RUN stands before COMMAND, where a group of
 # commands would take RUN for the name of one. What goes together is checked below, from the vocabulary itself.
 def control(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a live run.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The directory of a live run.")],
     command: Annotated[str, typer.Argument(metavar="COMMAND", help=", ".join(COMMANDS))],
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="disarm: the remedy to take off.")
@@ -37,9 +41,22 @@ def control(
     given = {"name": name, "tau": tau, "factor": factor, "threshold": threshold}
     arguments = {key: value for key, value in given.items() if value is not None}
     _check_as_typed(command, arguments)
-    identity = send(run, command, arguments)
-    say(f"{command} sent to {run}, waiting for its next step")
-    raise typer.Exit(_show(command, await_acknowledgement(run, identity)))
+    run_dir = _run_dir(run)
+    identity = send(run_dir, command, arguments)
+    say(f"{command} sent to {run_dir}, waiting for its next step")
+    raise typer.Exit(_show(command, await_acknowledgement(run_dir, identity)))
+
+
+def _run_dir(run: str) -> Path:
+    """The directory of a run on this machine: commands are files, which a store only gets a copy of, if at all."""
+    where = place(run)
+    if where.local is not None:
+        return where.local
+    told = read_manifest(where)
+    raise CommandError(
+        f"commands go to the machine that records the run, not to {shown_uri(run)}; on {told.get('host')} type: "
+        f"diagnostics control {shlex.quote(str(told.get('spool') or 'RUN'))} COMMAND"
+    )
 
 
 def _check_as_typed(command: str, arguments: Mapping[str, Any]) -> None:

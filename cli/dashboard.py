@@ -5,7 +5,6 @@ import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
@@ -13,7 +12,7 @@ import typer
 
 from diagnostics.errors import DiagnosticsError
 
-from .choice import runs_below
+from .choice import Root, runs_below
 from .exits import OK, USAGE
 from .output import say
 
@@ -24,7 +23,9 @@ _GRACE_S = 10.0
 
 
 def dashboard(
-    root: Annotated[Path, typer.Argument(metavar="ROOT", help="A directory that holds runs, or a run.")],
+    root: Annotated[
+        str, typer.Argument(metavar="ROOT", help="A directory or URI that holds runs, or a run.")
+    ],
     *,
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = PORT,
     host: Annotated[
@@ -38,7 +39,7 @@ def dashboard(
     raise typer.Exit(serve(root, host=host, port=port, allow_control=allow_control))
 
 
-def serve(root: Path, *, host: str = HOST, port: int = PORT, allow_control: bool = False) -> int:
+def serve(root: Root, *, host: str = HOST, port: int = PORT, allow_control: bool = False) -> int:
     """Runs the dashboard as a child process; returns the verb's exit code when it has ended.
 
     Raises:

@@ -21,7 +21,7 @@ class Format(StrEnum):
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory or its URI.")],
     *,
     to: Annotated[Format, typer.Option("--to", help="The format.")],
     out: Annotated[Path, typer.Option("--out", help="A new or empty folder.")],

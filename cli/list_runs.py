@@ -1,6 +1,5 @@
 """`diagnostics list ROOT`: the runs below a directory."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -9,17 +8,17 @@ from rich.table import Table
 from rich.text import Text
 
 from diagnostics.errors import NewerSchemaError, NotARunError
-from diagnostics.report import assess
 from diagnostics.store.manifest import live_state, read_manifest
+from diagnostics.store.place import place
 
-from .choice import runs_below, short_name
+from .choice import Root, runs_below, short_name
 from .exits import OK, USAGE
 from .output import answers, print_json, say
 from .words import STATUS_STYLES
 
 
 def list_runs(
-    root: Annotated[Path, typer.Argument(metavar="ROOT", help="A directory that holds runs.")],
+    root: Annotated[str, typer.Argument(metavar="ROOT", help="A directory or URI that holds runs.")],
     *,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
@@ -32,7 +31,8 @@ def list_runs(
             say(str(error))
             code = USAGE
     if as_json:
-        print_json({"runs": rows})
+        # The document's keys are a contract; the attempt is told to people, and to programs by run.json.
+        print_json({"runs": [{key: row[key] for key in row if key != "attempt"} for row in rows]})
     elif rows:
         answers().print(_table(rows))
     else:
@@ -40,8 +40,8 @@ def list_runs(
     raise typer.Exit(code)
 
 
-def _row(run_dir: Path, root: Path) -> dict[str, Any]:
-    manifest = read_manifest(run_dir)
+def _row(run_dir: Root, root: Root) -> dict[str, Any]:
+    manifest = read_manifest(place(run_dir))
     # The detectors beside the recorder leave their verdict in the manifest; reading it keeps a listing of
     # hundreds of runs fast. Only a run recorded without them, or so young that they have not spoken yet,
     # is judged here, from its tables.
@@ -50,9 +50,16 @@ def _row(run_dir: Path, root: Path) -> dict[str, Any]:
         "name": short_name(run_dir, root),
         "state": live_state(manifest),
         "steps": manifest.get("steps"),
-        "status": status if status in STATUS_STYLES and status != "no-data" else assess(run_dir).status,
+        "status": status if status in STATUS_STYLES and status != "no-data" else _judged(run_dir),
+        "attempt": manifest.get("attempt", 1),
         "path": str(run_dir),
     }
+
+
+def _judged(run_dir: Root) -> str:
+    from diagnostics.report import assess  # noqa: PLC0415 - brings pandas, which most listings need not wait for
+
+    return assess(run_dir).status
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
@@ -63,7 +70,8 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     table.add_column("status")
     for row in rows:
         steps = "unknown" if row["steps"] is None else str(row["steps"])
+        again = f", attempt {row['attempt']}" if row["attempt"] != 1 else ""
         table.add_row(
-            row["name"], row["state"], steps, Text(row["status"], style=STATUS_STYLES[row["status"]])
+            row["name"], row["state"] + again, steps, Text(row["status"], style=STATUS_STYLES[row["status"]])
         )
     return table

@@ -1,7 +1,6 @@
 """`diagnostics report PATH`: a verdict on one run, or on each run below a directory."""
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,7 +8,7 @@ import typer
 from diagnostics.errors import NewerSchemaError, NotARunError
 from diagnostics.report import Report, assess
 
-from .choice import runs_named_by
+from .choice import runs_named_by, short_name
 from .exits import USAGE, exit_code, worst
 from .output import answers, print_json, say
 from .words import print_report
@@ -24,7 +23,9 @@ class FailOn(StrEnum):
 
 
 def report(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or a directory that holds runs.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="A run, or a directory or URI that holds runs.")
+    ],
     *,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     fail_on: Annotated[
@@ -48,7 +49,9 @@ def report(
         except (NotARunError, NewerSchemaError) as error:
             # Beside readable runs an unreadable one must not hide them, nor vanish from the document.
             say(str(error))
-            judged = Report(run=run_dir.resolve().name, status="no-data", step=None, missing=(str(error),))
+            judged = Report(
+                run=short_name(run_dir, run_dir), status="no-data", step=None, missing=(str(error),)
+            )
             codes.append(USAGE)
         else:
             codes.append(exit_code(judged.status, fail_on.value))

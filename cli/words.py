@@ -1,9 +1,9 @@
 """A report in words: the verdict first, then each finding with its numbers and what to do."""
 
 import math
+import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -22,13 +22,13 @@ STATUS_STYLES = {
 _SEVERITY_STYLES = {"critical": "red", "warning": "yellow", "info": ""}
 
 
-def print_report(console: Console, report: Report, run_dir: Path) -> None:
+def print_report(console: Console, report: Report, run_dir: str | os.PathLike[str]) -> None:
     """Prints one run's report.
 
     Args:
         console: where to.
         report: the verdict.
-        run_dir: the run's path, for the commands to type.
+        run_dir: the run's path or URI, for the commands to type.
     """
     console.print(Text(verdict(report), style=STATUS_STYLES[report.status]), soft_wrap=True)
     for finding in report.findings:
@@ -67,7 +67,7 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _finding_lines(finding: Finding, run_dir: Path) -> Iterator[Text]:
+def _finding_lines(finding: Finding, run_dir: str | os.PathLike[str]) -> Iterator[Text]:
     when = f"since step {finding.first_step}"
     if finding.raised_step is not None and finding.raised_step != finding.first_step:
         when += f" (alarm at step {finding.raised_step})"
@@ -82,7 +82,7 @@ def _finding_lines(finding: Finding, run_dir: Path) -> Iterator[Text]:
         yield Text(f"    evidence: {'; '.join(_evidence(finding.evidence))}")
     if finding.advice and finding.active:
         # Findings know no path, their advice says RUN; here the path is known and the line can be pasted.
-        advice = finding.advice.replace("control RUN ", f"control {shlex.quote(str(run_dir))} ")
+        advice = finding.advice.replace("control RUN ", f"control {shlex.quote(os.fspath(run_dir))} ")
         yield Text(f"    do: {advice}")
 
 

@@ -14,7 +14,7 @@ class NewerSchemaError(DiagnosticsError):
 
 
 class RunExistsError(DiagnosticsError):
-    """Met when a recorder is pointed at a directory that already holds another run."""
+    """Met when a recorder is pointed at a directory that another one records into."""
 
 
 class NoAttentionError(DiagnosticsError):

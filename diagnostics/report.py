@@ -63,7 +63,7 @@ def assess(run_or_path: Run | str | os.PathLike[str], *, up_to_step: int | None 
         monitor.feed(frame)
     missing = [
         *monitor.missing(),
-        *(f"{name} is damaged and was left out: {why}" for name, why in run.damaged.items()),
+        *(f"data is missing: {name} is damaged and was left out: {why}" for name, why in run.damaged.items()),
     ]
     return Report(
         run=run.name,

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diagnostics.store.format import MANIFEST, SCHEMA_VERSION, SCHEMAS, metric_metadata, part_name
+from diagnostics.store.migrate import OF_AN_ATTEMPT
 
 LAYERS = ("blocks.0.attn", "blocks.1.attn")
 HEADS = 2
@@ -31,8 +32,9 @@ def write_table(run_dir: Path, table: str, rows: list[dict[str, Any]], number: i
 
 
 def manifest(run_id: str, **changes: Any) -> dict[str, Any]:
+    """What run.json says of a run of one attempt; of several where `attempts` is given."""
     now = time.time()
-    return {
+    told = {
         "schema_version": SCHEMA_VERSION,
         "run_id": run_id,
         "state": "finished",
@@ -63,6 +65,12 @@ def manifest(run_id: str, **changes: Any) -> dict[str, Any]:
         "status": "healthy",
         **changes,
     }
+    only = {
+        "attempt": 1,
+        "first_step": 0 if told["steps"] else None,
+        **{key: told.get(key) for key in OF_AN_ATTEMPT},
+    }
+    return {"attempt": 1, "attempts": [only], **told}
 
 
 def write_run(

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from diagnostics.store.format import TABLES
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -75,3 +77,11 @@ def test_every_file_the_readme_points_at_is_there() -> None:
         r"\]\((sample_runs/[^)]+)\)", README
     ):
         assert (ROOT / name).exists(), name
+
+
+def test_the_run_directory_is_documented_column_by_column() -> None:
+    page = (ROOT / "diagnostics" / "store" / "README.md").read_text(encoding="utf-8")
+    for table, columns in TABLES.items():
+        _, _, part = page.partition(f"**{table}**")
+        rows = [line for line in part.split("\n\n")[1].splitlines() if line.startswith("| `")]
+        assert rows == [f"| `{c.name}` | {c.type} | {c.unit} | {c.meaning} |" for c in columns]

@@ -36,6 +36,7 @@ class Controller:
             own) or `act` (it also acts by itself).
         sites: gives the attention sites as known now.
         announce: writes an event: kind, severity, message, data.
+        ranks: processes in the job; where there are several, nothing that changes numbers is done in this one alone.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Controller:
         mode: str,
         sites: Callable[[], Sequence[Site]],
         announce: Announce,
+        ranks: int = 1,
     ) -> None:
         if mode not in MODES:
             raise DiagnosticsError(f"control is {mode!r}, it must be one of {', '.join(MODES)}")
@@ -58,6 +60,7 @@ class Controller:
         self._optimizers = tuple(optimizers)
         self._sites = sites
         self._announce = announce
+        self._ranks = ranks
         self._waiting: deque[Command] = deque()
         self._armed: dict[int, SpectralBound] = {}
         self._proposed: set[str] = set()
@@ -111,6 +114,12 @@ class Controller:
         if self.mode not in ("suggest", "act") or command in self._proposed or not self._optimizers:
             return
         self._proposed.add(command)
+        if self._ranks > 1:
+            data = {"command": command, "arguments": arguments}
+            self._announce(
+                "suggestion", "info", f"{reason}; {command} would help, but {self._one_of_several()}", data
+            )
+            return
         if self.mode == "act":
             identity = f"own-{int(time.time() * 1e6):016d}"
             self._waiting.append(Command(identity, command, arguments, self._run_id, time.time() + 3600.0))
@@ -163,6 +172,14 @@ class Controller:
         """Arms again what was armed when the state was taken."""
         self.close()
         saved_by_position = state.get("spectral-bound", {})
+        if saved_by_position and self._ranks > 1:
+            self._announce(
+                "warning",
+                "warning",
+                f"the remedy of the saved state is not armed: {self._one_of_several()}",
+                {},
+            )
+            return
         for position, optimizer in enumerate(self._optimizers):
             if position not in saved_by_position:
                 continue
@@ -181,12 +198,20 @@ class Controller:
         arguments = check_command(command.command, command.arguments)
         if command.command == "status":
             return {}, {"mode": self.mode, "armed": self.armed}
+        if self._ranks > 1:
+            raise CommandError(self._one_of_several())
         if command.command == "spectral-bound":
             return self._arm_bound(arguments["tau"])
         if command.command == "disarm":
             return self._disarm(arguments["name"])
         raise CommandError(
             f"this run cannot carry out {command.command}; it knows spectral-bound, disarm and status"
+        )
+
+    def _one_of_several(self) -> str:
+        return (
+            f"the job has {self._ranks} ranks, and a remedy armed in this one alone would let their replicas drift "
+            "apart: make a SpectralBound in the training script, on every rank"
         )
 
     def _arm_bound(self, tau: float) -> Effect:

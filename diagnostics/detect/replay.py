@@ -79,8 +79,10 @@ def frames_of(run: Run, up_to_step: int | None = None) -> Iterator[Frame]:
     ends = np.flatnonzero(measured)
     if len(numbers) and (not len(ends) or ends[-1] != len(numbers) - 1):
         ends = np.append(ends, len(numbers) - 1)
+    for table in tables.values():
+        table.cut_at(numbers[ends])
     begin = 0
-    for end in ends:
+    for index, end in enumerate(ends):
         step = int(numbers[end])
         here = slice(begin, int(end) + 1)
         yield Frame(
@@ -88,31 +90,49 @@ def frames_of(run: Run, up_to_step: int | None = None) -> Iterator[Frame]:
             steps=numbers[here],
             losses=losses[here],
             loss_given=given[here],
-            attention=tables["attention"].rows(step),
-            spectra=tables["spectra"].rows(step),
-            updates=tables["updates"].rows(step),
+            attention=tables["attention"].rows(index),
+            spectra=tables["spectra"].rows(index),
+            updates=tables["updates"].rows(index),
         )
         begin = int(end) + 1
 
 
 class _ByStep:
-    """A table sorted by step, cut into the rows of one step without searching again."""
+    """A table sorted by step, cut into the rows of each frame's step."""
 
     def __init__(self, table: pa.Table, keys: tuple[str, ...]) -> None:
         self._steps: np.ndarray[Any, np.dtype[np.int64]] = table.column("step").to_numpy()
-        self._keys = [table.column(name).to_pylist() for name in keys]
+        self._edges: tuple[list[int], list[int]] = ([], [])
+        encoded = [table.column(name).combine_chunks().dictionary_encode("encode") for name in keys]
+        self._words = [column.dictionary.to_pylist() for column in encoded]
+        self._codes = np.stack([column.indices.to_numpy().astype(np.int32) for column in encoded], axis=1)
+        self._keys: dict[bytes, tuple[Any, ...]] = {}
         self._values: dict[str, Values] = {
             name: table.column(name).fill_null(np.nan).to_numpy().astype(np.float64)
             for name in table.column_names
             if name not in ("step", *keys)
         }
 
-    def rows(self, step: int) -> Rows:
-        first, last = np.searchsorted(self._steps, [step, step + 1])
+    def cut_at(self, steps: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+        """Finds the rows of every one of these steps."""
+        first, last = (np.searchsorted(self._steps, steps, side).tolist() for side in ("left", "right"))
+        self._edges = (first, last)
+
+    def rows(self, index: int) -> Rows:
+        """The rows of the step at `index` of those that were cut at."""
+        first, last = self._edges[0][index], self._edges[1][index]
         if first == last:
             return Rows()
-        columns = [column[first:last] for column in self._keys]
-        keys = tuple(columns[0]) if len(columns) == 1 else tuple(zip(*columns, strict=True))
+        codes = self._codes[first:last]
+        # Nearly every step has the keys of the one before.
+        keys = self._keys.get(codes.tobytes())
+        if keys is None:
+            columns = [
+                [words[code] for code in column]
+                for words, column in zip(self._words, codes.T.tolist(), strict=True)
+            ]
+            keys = tuple(columns[0]) if len(columns) == 1 else tuple(zip(*columns, strict=True))
+            self._keys[codes.tobytes()] = keys
         return Rows(keys, {name: values[first:last] for name, values in self._values.items()})
 
 

@@ -16,21 +16,20 @@ from torch import nn
 from diagnostics.attach.site import Sites
 from diagnostics.border import Border, Fault
 from diagnostics.control.controller import Controller
+from diagnostics.record.arguments import check_arguments, check_holds_attention, torch_optimizers
 from diagnostics.record.background import Background
-from diagnostics.record.claim import (
-    check_arguments,
-    check_holds_attention,
-    claim_run_dir,
-    torch_optimizers,
-)
+from diagnostics.record.claim import claim_run_dir
 from diagnostics.record.forward_watch import ForwardWatch
 from diagnostics.record.measured_step import MeasuredStep
+from diagnostics.record.notice import tell
 from diagnostics.record.overhead import Overhead
-from diagnostics.record.scalars import kept_scalar, kept_scalars
+from diagnostics.record.ranks import this_rank
+from diagnostics.record.scalars import Scalars
 from diagnostics.record.schedule import is_measured, next_measured
 from diagnostics.record.site_report import SiteReport
-from diagnostics.record.stream import Handed, Stream
+from diagnostics.record.stream import Stream
 from diagnostics.record.update_watch import UpdateWatch
+from diagnostics.record.uploading import Uploading
 from diagnostics.remedies.spectral_bound import active_bounds
 
 Optimizer = torch.optim.Optimizer
@@ -46,12 +45,17 @@ class Recorder:
 
     `DIAGNOSTICS_DISABLED=1` in the environment makes it a no-op. `DIAGNOSTICS_ACTIVATIONS=0` turns the activation
     side off alone: forwards are watched in the first measured step only, to verify how each site's weights lie;
-    spectra and updates are recorded, entropy and logits are not, and run.json says so.
+    spectra and updates are recorded, entropy and logits are not, and run.json says so. In a distributed job rank 0
+    records and the recorders of the others are no-ops; `DIAGNOSTICS_RANKS=all`, or ranks such as `0,3`, makes those
+    write too.
 
     Args:
         model: any module; on measured steps its attention is observed in training forwards.
         optimizer: a torch optimizer, or several of them; None: no update ratios, no remedies.
-        run_dir: where the run is written; None makes `runs/<timestamp>-<id>`.
+        run_dir: where the run is written; None makes `runs/<timestamp>-<id>`. A run that is there already and that
+            nobody records is carried on, as another attempt: steps recorded again replace the old ones for readers, and
+            both stay on disk. A URI (`s3://bucket/path`) is recorded
+            into a folder of this machine, below DIAGNOSTICS_SPOOL, and uploaded from there beside the training.
         every: steps 0, every, 2 every, ... are measured.
         layers: regular expression over module paths; only matching attention sites are measured.
         config: anything worth keeping with the run, as a mapping (learning rate, warmup, ...).
@@ -78,6 +82,10 @@ class Recorder:
         self._disabled = os.environ.get("DIAGNOSTICS_DISABLED", "") not in ("", "0")
         if self._disabled:
             return
+        rank = this_rank()
+        self._disabled = not rank.records
+        if self._disabled:
+            return
         pattern = check_arguments(model, every, layers, config, control)
         self._every = every
         self._optimizers = torch_optimizers(optimizer, model)
@@ -92,38 +100,61 @@ class Recorder:
         )
         check_holds_attention(model, self.sites, layers)
         self._updates = UpdateWatch(self._optimizers, model)
-        self.run_dir, manifest = claim_run_dir(
-            run_dir, model=model, config=config, every=every, control=control, sites=self.sites
+        claim = self._claim = claim_run_dir(
+            run_dir, model=model, config=config, every=every, control=control, sites=self.sites, rank=rank
         )
-        self._stream = Stream(
-            self.run_dir,
-            manifest,
-            detectors=detectors,
-            on_commands=self._wake,
-            contained_for=self._border.run_for,
-        )
-        self._controller = Controller(
-            self.run_dir,
-            manifest["run_id"],
-            model,
-            self._optimizers,
-            mode=control,
-            sites=lambda: self._forwards.sites,
-            announce=self._stream.announce,
-        )
-        self._stream.controller = self._controller
-        self._stream.write_manifest()
-        self._report = SiteReport(type(model).__name__, self._border.note, self._stream.announce)
-        self._report.show(self.sites)
-        self._step = 0
-        self._due = 0
-        self._measured: MeasuredStep | None = None
-        self._process = os.getpid()
-        self._background = Background(self._stream, self._border)
-        # A script that ends without close() still gets its rows written and its state right.
-        self._at_exit = partial(_close_at_exit, weakref.ref(self))
-        atexit.register(self._at_exit)
-        self._prepare()
+        manifest = claim.manifest
+        with claim.kept_if_it_works() as undo:
+            self._scalars = Scalars(self._border.note)
+            self._stream = Stream(
+                claim.run_dir,
+                manifest,
+                every=every,
+                attempt=claim.attempt,
+                rank=claim.rank,
+                number=claim.number,
+                detectors=detectors,
+                on_commands=self._wake,
+                contained=self._border.run,
+                contained_for=self._border.run_for,
+                fetched=self._scalars.fetched,
+            )
+            self._controller = Controller(
+                claim.run_dir,
+                manifest["run_id"],
+                model,
+                self._optimizers,
+                # The inbox belongs to rank 0.
+                mode="off" if rank.number else control,
+                sites=lambda: self._forwards.sites,
+                announce=self._stream.announce,
+                ranks=rank.count,
+            )
+            self._stream.controller = self._controller
+            self._stream.write_manifest()
+            self._report = SiteReport(type(model).__name__, self._border.note, self._stream.announce)
+            self._report.show(self.sites)
+            for sentence in claim.told:
+                tell(sentence)
+            for sentence in claim.warned:
+                self._border.note(sentence)
+                self._stream.announce("warning", "warning", sentence, {})
+            self._step = self._loaded_step = 0
+            self._has_steps = False
+            self._due = 0
+            self._measured: MeasuredStep | None = None
+            self._process = os.getpid()
+            self._background = Background(self._stream, self._border)
+            undo.callback(self._background.end, "crashed", "the recorder could not be made")
+            # A script that ends without close() still gets its rows written and its state right.
+            self._at_exit = partial(_close_at_exit, weakref.ref(self))
+            atexit.register(self._at_exit)
+            undo.callback(atexit.unregister, self._at_exit)
+            undo.callback(self._disarm)
+            _RECORDING.add(self)
+            self._prepare()
+            self._uploading = Uploading(claim, self._stream, self._border.note)
+            self.run_dir = self._uploading.run_dir
 
     @property
     def sites(self) -> Sites:
@@ -171,13 +202,22 @@ class Recorder:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues where `state_dict` was taken; call it before the first step."""
-        if self._disabled or not state:
+        """Continues where `state_dict` was taken; `{"step": N}` alone is enough to go on at step N.
+
+        Call it before the first step. Later, going back to a step that was recorded already begins a new attempt:
+        steps recorded again replace the old ones for readers.
+        """
+        if self._disabled or self._closed or not state or os.getpid() != self._process:
             return
-        self._step = int(state["step"])
-        self._controller.load_state_dict(state["control"])
-        if "stream" in state:
-            self._background.load_state_dict({"stream": state["stream"], "updates": state["updates"]})
+        step = int(state["step"])
+        self._has_steps |= self._step > self._loaded_step
+        if self._has_steps and step < self._step:
+            self._border.run(self._begin_attempt, step)
+            self._has_steps = False
+        self._step = self._loaded_step = step
+        if "control" in state:
+            self._controller.load_state_dict(state["control"])
+        self._background.load_state_dict(state)
         self._disarm()
         self._prepare()
 
@@ -205,19 +245,26 @@ class Recorder:
         lr = scalars.pop("lr", None)
         if lr is None and self._optimizers:
             lr = self._optimizers[0].param_groups[0]["lr"]
-        note = self._border.note
-        loss, lr = kept_scalar("loss", loss, note), kept_scalar("lr", lr, note)
-        kept = kept_scalars(scalars, note) if scalars else scalars
+        kept = self._scalars.kept
+        names: tuple[str, ...] = ()
+        values: list[float] = []
+        if scalars:
+            allowed = self._scalars.allowed(scalars)
+            names = tuple(allowed)
+            # A float is kept as it is; the call that would find that out costs more than all else here.
+            values = [
+                value if type(value) is float else kept(step, name, value) for name, value in allowed.items()
+            ]
+        loss = loss if type(loss) is float else kept(step, "loss", loss)
+        lr = lr if type(lr) is float else kept(step, "lr", lr)
         overhead_s = self._overhead.close_step(start_s)
-        self._stream.handed.append(
-            Handed(step, time.time(), overhead_s, measured is not None, lr, loss, kept)
-        )
+        closed_s = time.perf_counter()
+        self._stream.log.append(step, time.time(), overhead_s, measured is not None, loss, lr, names, values)
         self._step = step + 1
         if due:
-            boundary_s = time.perf_counter()
             self._cross_boundary(step, measured)
-            # The row of this step is out already, so what the boundary took is told with the next one.
-            self._overhead.in_step_s = time.perf_counter() - boundary_s
+        # The record of this step is out already, so what came after is told with the next one.
+        self._overhead.in_step_s = time.perf_counter() - closed_s
 
     def _cross_boundary(self, step: int, measured: MeasuredStep | None) -> None:
         if measured is not None:
@@ -225,6 +272,14 @@ class Recorder:
             self._hand_over(step, measured)
         self._controller.apply_waiting(step + 1)
         self._prepare()
+
+    def _begin_attempt(self, step: int) -> None:
+        """Goes on with `step` in a new attempt: what was recorded from there on stays on disk, under the old one."""
+        self._disarm()
+        attempt: list[int] = []
+        self._background.wait_for(lambda: attempt.append(self._stream.begin_attempt(step)))
+        if attempt:
+            self._claim.lock.note(attempt=attempt[0])
 
     def _hand_over(self, step: int, measured: MeasuredStep) -> None:
         shown = self._forwards.end_step()
@@ -299,6 +354,21 @@ class Recorder:
         self._stream.update_manifest(overhead=self.overhead)
         self._background.end(state, error)
         self._controller.close()
+        self._border.run_last(self._uploading.finish)
+        self._claim.release()
+
+
+# A forked child has the parent's recorder, whose files and thread are the parent's alone.
+_RECORDING: "weakref.WeakSet[Recorder]" = weakref.WeakSet()
+
+
+def _let_go_in_child() -> None:
+    for recorder in _RECORDING:
+        recorder._closed = True  # noqa: SLF001 - its own module
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def _close_at_exit(reference: "weakref.ref[Recorder]") -> None:

@@ -57,16 +57,21 @@ def export_run(run: Run, to: str, out: str | os.PathLike[str]) -> dict[Path, int
 
 
 def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """Rows as Python values, one batch in memory at a time; floats as short as they can be read back."""
+    """Rows as Python values; floats as short as they can be read back."""
     narrow = {field.name for field in table.schema if field.type == pa.float32()}
     lists = {field.name for field in table.schema if field.type == pa.list_(pa.float32())}
+    for row in _plain_rows(table):
+        for name in narrow:
+            row[name] = _plain(row[name])
+        for name in lists:
+            row[name] = None if row[name] is None else [_plain(value) for value in row[name]]
+        yield row
+
+
+def _plain_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """Rows as Python values, one batch in memory at a time."""
     for batch in table.to_batches(max_chunksize=4096):
-        for row in batch.to_pylist():
-            for name in narrow:
-                row[name] = _plain(row[name])
-            for name in lists:
-                row[name] = None if row[name] is None else [_plain(value) for value in row[name]]
-            yield row
+        yield from batch.to_pylist()
 
 
 def _plain(value: float | None) -> float | None:
@@ -119,7 +124,9 @@ def _to_tensorboard(run: Run, folder: Path) -> dict[Path, int]:
     writer = event_file_writer.EventFileWriter(str(folder))
     written = 0
     for table in ("steps", "attention", "spectra", "updates"):
-        for row in run.table(table).to_pylist():
+        lists = {column.name for column in TABLES[table] if pa.types.is_list(column.type)}
+        columns = [column.name for column in TABLES[table] if column.name not in lists] if lists else None
+        for row in _plain_rows(run.table(table, columns)):
             values = [
                 summary_pb2.Summary.Value(tag=f"{_series(table, row)}/{name}", simple_value=float(value))
                 for name, value in row.items()

@@ -1,20 +1,28 @@
 """The run directory on disk: file names, tables, columns, units, version. Nothing else knows them.
 
 run.json                          manifest, replaced atomically
-steps/ attention/ ... /           part files, `part-<first step>-<last step>-<number>.parquet`
+steps/ attention/ ... /           part files, see `PartName`
+tail/                             what is not in part files yet, see tail/frames.py
+coarse/<steps>/<table>/           part files of min, max, mean and last over so many steps, see coarse/tables.py
 control/inbox/<id>.json           commands; control/journal.jsonl: what the run did with them
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "run.json"
+TAIL = "tail"
+COARSE = "coarse"
 CONTROL_INBOX = Path("control") / "inbox"
 CONTROL_JOURNAL = Path("control") / "journal.jsonl"
 TEMPORARY_SUFFIX = ".tmp"
+
+RESOLUTIONS = (16, 256, 4096)
+"""Optimizer steps that one row of a coarse table stands for."""
 
 # A manifest whose heartbeat is older than this belongs to a process that died or hangs.
 HEARTBEAT_PERIOD_S = 2.0
@@ -121,25 +129,64 @@ SCHEMAS: dict[str, pa.Schema] = {
 }
 
 
-def part_name(first_step: int, last_step: int, number: int) -> str:
-    """Name of a part file; step range first, so that a reader can leave a file unopened.
+_PART = re.compile(
+    r"part-(?P<first>\d+)-(?P<last>\d+)-(?P<number>\d+)"
+    r"(?:a(?P<attempt>\d+))?(?:r(?P<rank>\d+))?(?:m(?P<merges>\d+))?\.parquet"
+)
 
-    Args:
+
+@dataclass(frozen=True, order=True)
+class PartName:
+    """A part file's name: all that a reader needs to leave the file unopened.
+
+    `part-<first>-<last>-<number>[a<attempt>][r<rank>][m<merges>].parquet`; an attempt of 1, a rank of 0 and
+    merges of 0 are left out.
+
+    Attributes:
         first_step: smallest step in the file.
         last_step: largest step in the file.
-        number: the writer's running number, which makes the name unique.
+        number: running number of the flush that wrote it, the same for every table, never used twice by a rank
+            in a run; of a merged file the largest number it stands for.
+        attempt: which attempt at the run wrote it, counted from 1: each resume is one more.
+        rank: rank of the process in a distributed job.
+        merges: how often its oldest rows have been merged.
     """
-    return f"part-{first_step:012d}-{last_step:012d}-{number:06d}.parquet"
+
+    first_step: int
+    last_step: int
+    number: int
+    attempt: int = 1
+    rank: int = 0
+    merges: int = 0
+
+    def __str__(self) -> str:
+        tags = writer_tag(self.attempt, self.rank) + (f"m{self.merges}" if self.merges else "")
+        return f"part-{self.first_step:012d}-{self.last_step:012d}-{self.number:06d}{tags}.parquet"
+
+    @classmethod
+    def parse(cls, name: str) -> "PartName | None":
+        """What a file's name says, or None for a name that is not a part file's."""
+        match = _PART.fullmatch(name)
+        if match is None:
+            return None
+        first, last, number, attempt, rank, merges = match.groups()
+        return cls(int(first), int(last), int(number), int(attempt or 1), int(rank or 0), int(merges or 0))
+
+
+def writer_tag(attempt: int, rank: int) -> str:
+    """What a file's name says of who wrote it; nothing for the first attempt of rank 0."""
+    return (f"a{attempt}" if attempt != 1 else "") + (f"r{rank}" if rank else "")
+
+
+def part_name(first_step: int, last_step: int, number: int, attempt: int = 1, rank: int = 0) -> str:
+    """Name of a part file that was not merged; see `PartName`."""
+    return str(PartName(first_step, last_step, number, attempt, rank))
 
 
 def part_steps(name: str) -> tuple[int, int] | None:
     """The step range in a part file's name, or None for a name that is not a part file's."""
-    stem, dot, suffix = name.partition(".")
-    pieces = stem.split("-")
-    if not dot or suffix != "parquet" or len(pieces) != 4 or pieces[0] != "part":  # noqa: PLR2004 - the form above
-        return None
-    first, last = pieces[1], pieces[2]
-    return (int(first), int(last)) if first.isdigit() and last.isdigit() else None
+    part = PartName.parse(name)
+    return None if part is None else (part.first_step, part.last_step)
 
 
 def metric_metadata() -> dict[str, dict[str, dict[str, str]]]:

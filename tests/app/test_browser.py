@@ -9,9 +9,11 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from big_runs import write_big_run, write_runs
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from synthetic import HEADS, LAYERS, manifest, write_run, write_table
 
@@ -55,11 +57,30 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def large_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("large")
+    write_runs(folder, 1000, layers=1, heads=1, tables=False)
+    write_big_run(folder / "long", steps=20_000, every=5, layers=2, heads=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def address(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with _server(root, tmp_path_factory.mktemp("server") / "log.txt") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def large(large_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with _server(large_root, tmp_path_factory.mktemp("server") / "log.txt") as url:
+        yield url
+
+
+@contextmanager
+def _server(root: Path, log: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log.txt"
     with log.open("wb") as output:
         server = subprocess.Popen(
             dashboard_command(root, port=port),
@@ -207,3 +228,40 @@ def test_a_live_run_advances_without_a_full_reload(page: Page, address: str, roo
         expect(page.get_by_text("finished")).to_be_visible(timeout=WAIT_MS)
     finally:
         shutil.rmtree(run_dir)
+
+
+def test_a_thousand_runs_are_listed_and_none_is_chosen(page: Page, large: str) -> None:
+    page.goto(large)
+    grid = page.get_by_test_id("stDataFrame")
+    expect(grid).to_be_visible(timeout=WAIT_MS)
+    expect(page.get_by_text("1,001 runs.")).to_be_visible(timeout=WAIT_MS)
+    # Nothing is chosen by itself: a page that compared a thousand runs would never come.
+    expect(page.get_by_test_id("stBaseButton-primary")).to_be_disabled()
+    expect(grid.locator("canvas td", has_text="attempt 2").first).to_be_attached(timeout=WAIT_MS)
+
+
+# Points of the loss per step on screen.
+_SHOWN = """() => {
+    const plot = document.querySelector('.js-plotly-plot');
+    const [first, last] = plot._fullLayout.xaxis.range;
+    const loss = plot.calcdata.find(points => points[0].trace.name === 'loss');
+    return loss.filter(point => first <= point.x && point.x <= last).length / (last - first);
+}"""
+
+
+def test_zooming_into_a_long_run_brings_its_single_steps(page: Page, large: str) -> None:
+    page.goto(f"{large}/?run=long")
+    _see_charts(page, 2)
+    expect(page.get_by_text("Each point stands for 16 steps")).to_be_visible(timeout=WAIT_MS)
+    page.wait_for_function(f"({_SHOWN})() < 0.1", timeout=WAIT_MS)
+    whole = page.evaluate(_STEP_RANGE)
+    zoom = _zoom(page)
+    page.wait_for_function(f"({_SHOWN})() > 0.2", timeout=WAIT_MS)
+    assert page.evaluate(_STEP_RANGE) == zoom
+    # A double click shows the whole run again.
+    box = page.locator(".js-plotly-plot .nsewdrag").first.bounding_box()
+    assert box is not None
+    page.mouse.dblclick(box["x"] + 0.5 * box["width"], box["y"] + 40)
+    page.wait_for_function(f"{_STEP_RANGE}[0] < {zoom[0]}", timeout=WAIT_MS)
+    page.wait_for_function(f"({_SHOWN})() < 0.1", timeout=WAIT_MS)
+    assert page.evaluate(_STEP_RANGE)[1] == pytest.approx(whole[1], rel=0.01)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 import time
 from collections.abc import Callable
 from importlib.resources import files
@@ -9,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from big_runs import BigRun, write_big_run
 from streamlit.testing.v1 import AppTest
 from synthetic import LAYERS, manifest, write_run, write_table
 
-from diagnostics.app.data import Reader
+from diagnostics.app.aside import ASIDE
+from diagnostics.app.data import READER, Reader
+from diagnostics.app.summary import highest, lowest
 from diagnostics.app.wording import verdict
 from diagnostics.control.mailbox import Command, take_commands, write_journal
 from diagnostics.detect.finding import Finding
 from diagnostics.report import Report, assess
+from diagnostics.store.format import PartName
 from diagnostics.store.manifest import write_manifest
 
 Open = Callable[..., AppTest]
@@ -305,6 +310,100 @@ def test_runs_are_compared_in_one_figure_and_one_table(tmp_path: Path, open_page
     assert table(page).index.tolist() == ["good"]
     page.multiselect(key="compared-runs").set_value([]).run()
     assert "Choose two or more runs" in words(page)
+
+
+def test_a_resumed_run_says_where_each_attempt_went_on(tmp_path: Path, open_page: Open) -> None:
+    attempts = [
+        {"attempt": 1, "first_step": 0, "state": "crashed", "started_s": 1.7e9, "ended_s": 1.7e9 + 50},
+        {"attempt": 2, "first_step": 60, "state": "finished", "started_s": 1.7e9 + 90, "ended_s": None},
+    ]
+    run_dir = write_run(tmp_path, "again", attempt=2, attempts=attempts)
+    rows = [{"step": step, "time_s": time.time(), "loss": 9.5, "measured": False} for step in range(60, 80)]
+    path = write_table(run_dir, "steps", rows, number=1)
+    path.rename(path.with_name(str(PartName(60, 79, 1, attempt=2))))
+    assert table(open_page()).loc["again", "state"].endswith("finished, attempt 2")
+    page = open_page(run="again")
+    assert "attempt 2 resumed at step 60 (attempt 1: crashed)." in words(page)
+    (resumed,) = [trace for trace in json.loads(charts(page)[0])["data"] if trace["name"] == "resumed"]
+    assert resumed["text"][0] == "attempt 2 resumed at step 60 (attempt 1: crashed)"
+    section(page, "Run")
+    assert "Attempts" in words(page)
+    assert [frame.value["attempt"].tolist() for frame in page.dataframe if "attempt" in frame.value] == [
+        [1, 2]
+    ]
+
+
+@pytest.fixture
+def long_run(tmp_path: Path) -> BigRun:
+    # 80,000 steps are more than a page draws one by one, 8,000 measured ones more than it judges while someone waits.
+    return write_big_run(tmp_path / "long", steps=80_000, every=10, layers=6, heads=4)
+
+
+def test_a_long_run_shows_its_recorded_status_at_once_and_its_findings_later(
+    long_run: BigRun, open_page: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finding = Finding(
+        "entropy-collapse", "critical", long_run.layers[2], 1, 50, status="collapsed", message="It fell."
+    )
+    report = Report("long", "collapsed", 79_990, (finding,))
+    judging, judged = threading.Event(), threading.Event()
+
+    def judge(run: str) -> Report:
+        assert run == str(long_run.path)
+        judging.set()
+        assert judged.wait(60)
+        return report
+
+    monkeypatch.setattr("diagnostics.app.verdict.judge_apart", judge)
+    page = open_page(run="long")
+    assert judging.wait(60)
+    said = words(page)
+    assert "Healthy, say the detectors that ran beside it; 1 alert" in said
+    assert "step 29,600: warning: attention entropy fell for one step" in said
+    assert "Judging all of the run beside this page" in said
+    assert len(charts(page)) == 2
+    judged.set()
+    ASIDE.wait(60)
+    page.run()
+    assert not page.exception
+    assert "It fell. (judged up to step 79,990)" in words(page)
+    for name in SECTIONS:
+        section(page, name)
+
+
+def test_a_run_too_long_to_be_judged_unasked_offers_it(
+    long_run: BigRun, open_page: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diagnostics.app.judging._MOST_ROWS_UNASKED", 1000)
+    asked: list[str] = []
+
+    def judge(run: str) -> str:
+        asked.append(run)
+        return "no disk"
+
+    monkeypatch.setattr("diagnostics.app.verdict.judge_apart", judge)
+    page = open_page(run="long")
+    assert asked == []
+    page.button(key="judge").click().run()
+    ASIDE.wait(60)
+    page.run()
+    assert not page.exception
+    assert asked == [str(long_run.path)]
+    assert "could not be judged: no disk" in words(page)
+
+
+def test_the_chart_of_a_long_run_holds_its_spikes(long_run: BigRun, open_page: Open) -> None:
+    page = open_page(run="long")
+    ASIDE.wait(60)
+    page.run()
+    assert "Each point stands for 16 steps" in words(page)
+    page.button_group(key="heat-drawing").set_value("over training").run()
+    assert not page.exception
+    heads = json.loads(charts(page)[1])["layout"]["title"]["text"]
+    assert heads == "attention entropy (nats) of every head, lowest per column"
+    curves = READER.curves(str(long_run.path))
+    assert highest(curves.loss) == long_run.loss_spike[1]
+    assert lowest(curves.entropy) == long_run.entropy_dip[3]
 
 
 def test_without_the_flag_there_is_no_control_panel(tmp_path: Path, open_page: Open) -> None:

@@ -1,17 +1,23 @@
+import errno
 import fcntl
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from synthetic import write_run, write_table
 
+from diagnostics.errors import DiagnosticsError
+from diagnostics.store import compact
 from diagnostics.store.compact import compact_run
-from diagnostics.store.merged import generation
+from diagnostics.store.format import PartName
+from diagnostics.store.lock import RECORDS, holding
 from diagnostics.store.read import open_run
 from diagnostics.store.write import PartWriter
 
@@ -146,13 +152,23 @@ def test_a_part_that_is_being_written_is_left_alone(run: Path) -> None:
     assert temporary.read_bytes() == b"half a file"
 
 
-def test_large_parts_are_left_alone_and_no_file_outgrows_the_target(run: Path) -> None:
-    one = (run / "steps" / files_of(run)[0]).stat().st_size
+def test_large_parts_are_left_alone_and_no_file_outgrows_the_target(tmp_path: Path) -> None:
+    run = write_run(tmp_path, steps=0)
+    rng = np.random.default_rng(0)
+    for number in range(20):
+        steps = range(number * 500, (number + 1) * 500)
+        losses = rng.standard_normal(500)
+        rows = [{"step": step, "loss": loss} for step, loss in zip(steps, losses, strict=True)]
+        write_table(run, "steps", rows, number=number)
+    sizes = [(run / "steps" / name).stat().st_size for name in files_of(run)]
     untouched = files_of(run)
-    assert compact_run(run, target_bytes=one).files["steps"] == (20, 20)
+    assert compact_run(run, target_bytes=min(sizes)).files["steps"] == (20, 20)
     assert files_of(run) == untouched
-    # 5.5 small files fit: four files of five.
-    assert compact_run(run, target_bytes=int(5.5 * one)).files["steps"] == (20, 4)
+    target = int(5.5 * max(sizes))
+    compact_run(run, target_bytes=target)
+    assert 2 <= len(files_of(run)) <= 5
+    assert all((run / "steps" / name).stat().st_size <= target for name in files_of(run))
+    assert open_run(run).steps()["step"].tolist() == list(range(10_000))
 
 
 def test_rows_written_twice_by_a_resumed_run_stay_as_they_were(run: Path) -> None:
@@ -171,7 +187,7 @@ def test_a_reader_beside_a_compaction_sees_every_row_once_at_any_time(tmp_path: 
     written = [0]
 
     def write_and_compact() -> None:
-        for step in range(240):
+        for step in range(120):
             writer.add("steps", [{"step": step, "time_s": 0.0, "loss": float(step)}])
             writer.flush()
             written[0] = step + 1
@@ -190,20 +206,107 @@ def test_a_reader_beside_a_compaction_sees_every_row_once_at_any_time(tmp_path: 
         reads += 1
     thread.join()
     assert reads
-    assert open_run(run).steps()["step"].tolist() == list(range(240))
-    assert [generation(name) for name in files_of(run)] == [12]
+    assert open_run(run).steps()["step"].tolist() == list(range(120))
+    assert [part.merges for name in files_of(run) if (part := PartName.parse(name))] == [6]
 
 
-def test_a_second_compaction_at_the_same_time_is_refused(diagnostics: Command, run: Path) -> None:
+@contextmanager
+def compacting(run: Path) -> Iterator[None]:
+    """What another process does that merges this run."""
     descriptor = os.open(run, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        ended = diagnostics("compact", run)
+        yield
     finally:
         os.close(descriptor)
+
+
+def test_a_second_compaction_at_the_same_time_is_refused(
+    diagnostics: Command, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compact, "PATIENCE_S", 0.1)
+    with compacting(run):
+        ended = diagnostics("compact", run)
     assert ended.code == 2
     assert "another process is compacting" in ended.err
     assert len(files_of(run)) == 20
+
+
+def test_a_merge_that_is_soon_over_is_waited_for(run: Path) -> None:
+    held = compacting(run)
+    held.__enter__()
+    timer = threading.Timer(0.3, held.__exit__, (None, None, None))
+    timer.start()
+    assert compact_run(run).files["steps"] == (20, 1)
+    timer.join()
+
+
+def test_where_there_are_no_locks_nothing_is_merged(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(DiagnosticsError, match="compact needs file locks"):
+        compact_run(run)
+    assert len(files_of(run)) == 20
+
+
+def test_what_a_dead_writer_left_in_the_tail_becomes_parts(diagnostics: Command, tmp_path: Path) -> None:
+    run = write_run(tmp_path, steps=0)
+    PartWriter(run).add("updates", [{"step": 3, "parameter": "w", "ratio": 0.5}])
+    before = open_run(run).updates()
+    assert len(list((run / "tail").glob("*.log"))) == 1
+    ended = diagnostics("compact", run)
+    assert (ended.code, ended.err) == (0, "")
+    assert {"updates: 0 files -> 1", "tail: 1 files -> 0"} <= set(ended.out.splitlines())
+    assert not list((run / "tail").glob("*.log"))
+    assert open_run(run).updates().equals(before)
+
+
+def test_the_tail_of_a_run_that_is_recorded_is_left_alone_and_its_parts_are_merged(run: Path) -> None:
+    with holding(run, purpose=RECORDS):
+        PartWriter(run, number=100).add("updates", [{"step": 3, "parameter": "w", "ratio": 0.5}])
+        result = compact_run(run)
+    assert result.files["steps"] == (20, 1)
+    assert result.files["tail"] == (1, 1)
+    assert not (run / "updates").exists()
+
+
+def stored(run: Path, table: str, resolution: int) -> list[dict[str, Any]]:
+    paths = sorted((run / "coarse" / str(resolution) / table).iterdir())
+    return [row for path in paths for row in pq.ParquetFile(path).read().to_pylist()]
+
+
+def test_coarse_tables_are_merged_as_well(diagnostics: Command, tmp_path: Path) -> None:
+    run = write_run(tmp_path, steps=0)
+    writer = PartWriter(run, every=1)
+    for step in range(512):
+        writer.add("steps", [{"step": step, "time_s": 0.0, "loss": 1.0 / (1 + step)}])
+        if step % 64 == 63:
+            writer.flush()
+    assert len(list((run / "coarse" / "16" / "steps").iterdir())) == 8
+    before = stored(run, "steps", 16)
+    ended = diagnostics("compact", run)
+    assert {"coarse/16/steps: 8 files -> 1", "coarse/256/steps: 2 files -> 1"} <= set(ended.out.splitlines())
+    assert stored(run, "steps", 16) == before
+    assert [row["step"] for row in before] == list(range(0, 512, 16))
+
+
+def test_a_run_of_the_first_schema_reads_the_same_afterwards(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(Path(__file__).parents[2] / "sample_runs" / "gpt-warmup", run)
+    for table in ("steps", "attention"):
+        # As the release that wrote it merged them, and what a recorder of that time adds.
+        (merged,) = (run / table).iterdir()
+        rows = pq.ParquetFile(merged).read().slice(0, 40)
+        first, last = rows["step"][0].as_py(), rows["step"][-1].as_py()
+        pq.write_table(rows, run / table / f"part-{first:012d}-{last:012d}-000900.parquet")
+    before = {table: open_run(run).table(table) for table in ("steps", "attention", "spectra", "updates")}
+    assert compact_run(run).files["attention"] == (2, 1)
+    for table, rows in before.items():
+        after = open_run(run).table(table)
+        assert sorted(map(str, after.to_pylist())) == sorted(map(str, rows.to_pylist()))
+    assert all(not name.startswith(".") for name in files_of(run))
 
 
 def test_a_path_that_is_no_run_gives_2(diagnostics: Command, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from big_runs import write_runs
 from synthetic import manifest, write_run
 
 Command = Callable[..., Any]
@@ -40,6 +41,22 @@ def test_each_run_is_listed_with_name_state_steps_and_status(diagnostics: Comman
             },
         ]
     }
+
+
+def test_a_run_that_was_resumed_says_its_attempt(diagnostics: Command, tmp_path: Path) -> None:
+    write_run(tmp_path, "again", state="crashed", attempt=2)
+    (run,) = json.loads(diagnostics("list", tmp_path, "--json").out)["runs"]
+    assert run["state"] == "crashed"
+    assert "crashed, attempt 2" in diagnostics("list", tmp_path).out
+
+
+def test_a_thousand_runs_are_listed_from_their_run_json_alone(diagnostics: Command, tmp_path: Path) -> None:
+    # Whoever opened a table would meet none.
+    write_runs(tmp_path, 1000, layers=1, heads=1, tables=False)
+    rows = json.loads(diagnostics("list", tmp_path, "--json").out)["runs"]
+    assert len(rows) == 1000
+    assert {row["state"] for row in rows} == {"finished", "running", "crashed"}
+    assert {row["status"] for row in rows} == {"healthy", "at-risk", "collapsed", "diverged"}
 
 
 def test_people_get_a_table_that_cuts_no_name_short_in_a_pipe(diagnostics: Command, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from synthetic import manifest, write_run, write_table
 
 from diagnostics.cli.watch import Followed, _follow, sparkline
+from diagnostics.store.format import PartName
 from diagnostics.store.manifest import write_manifest
 from diagnostics.store.read import open_run
 
@@ -59,6 +60,29 @@ def test_a_live_run_is_followed_until_it_ends(
     assert [line.split(":")[0] for line in lines[:2]] == ["step 19", "step 30"]
     expected = "alert: step 30: critical: entropy-collapse in blocks.0.attn, head 1: entropy is falling"
     assert [line for line in lines if line.startswith("alert")] == [expected]
+
+
+def test_a_run_that_is_resumed_meanwhile_says_so_and_its_steps_are_shown_anew(
+    diagnostics: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path, steps=40, state="running")
+
+    def resume(_: float) -> None:
+        # The second attempt goes on from step 20 with another loss.
+        rows = [{"step": step, "time_s": 0.0, "loss": 7.0, "measured": False} for step in range(20, 30)]
+        path = write_table(run, "steps", rows, number=9)
+        path.rename(path.with_name(str(PartName(20, 29, 9, attempt=2))))
+        attempts = [
+            {"attempt": 1, "first_step": 0, "state": "crashed"},
+            {"attempt": 2, "first_step": 20, "state": "finished"},
+        ]
+        write_manifest(run, manifest("run", steps=30, attempt=2, attempts=attempts))
+
+    monkeypatch.setattr("diagnostics.cli.watch.time", SimpleNamespace(sleep=resume))
+    lines = diagnostics("watch", run).out.splitlines()
+    assert lines[0].startswith("step 39: ")
+    assert lines[1] == "attempt 2 resumed at step 20 (attempt 1: crashed)"
+    assert lines[2].startswith("step 29: loss 7,")
 
 
 def test_in_a_terminal_the_screen_holds_the_numbers_their_course_and_the_alerts(tmp_path: Path) -> None:

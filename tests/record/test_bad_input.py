@@ -17,9 +17,9 @@ from torch.nn.modules import module as module_hooks
 
 from diagnostics.detect.monitor import Monitor
 from diagnostics.errors import DiagnosticsError, NoAttentionError, RecorderWarning, RunExistsError
-from diagnostics.record import recorder as recorder_module
 from diagnostics.record.measured_step import MeasuredStep
 from diagnostics.record.recorder import Recorder
+from diagnostics.record.scalars import Scalars
 from diagnostics.record.stream import Stream
 from diagnostics.record.update_sizes import UpdateSizes
 from diagnostics.record.update_watch import UpdateWatch
@@ -69,9 +69,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "config": ({"config": [1]}, "config is a list, it must be a mapping"),
     "run_dir": ({"run_dir": 7}, "run_dir is 7; give a path"),
     "run_dir empty": ({"run_dir": ""}, "run_dir is ''; give a path"),
-    "run_dir a bucket": (
-        {"run_dir": "s3://bucket/run"},
-        "run_dir is 's3://bucket/run'; this version writes to local",
+    "run_dir at no store": (
+        {"run_dir": "ftp://host/run"},
+        "ftp://host/run: there is no store 'ftp'; give a local path or a URI that begins with one of s3://",
     ),
     "optimizer": ({"optimizer": "adam"}, "optimizer is a str, it must be a torch.optim.Optimizer"),
 }
@@ -101,12 +101,12 @@ def test_an_optimizer_over_other_parameters_is_refused(tmp_path: Path) -> None:
         Recorder(Small(), other, tmp_path / "run")
 
 
-def test_a_directory_that_holds_a_run_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
-    Recorder(Small(), run_dir=tmp_path / "run").close()
-    before = (tmp_path / "run" / "run.json").read_bytes()
-    with pytest.raises(RunExistsError, match="holds a run already; give another run_dir"):
-        Recorder(Small(), run_dir=tmp_path / "run")
-    assert (tmp_path / "run" / "run.json").read_bytes() == before
+def test_a_directory_that_is_being_recorded_is_refused(tmp_path: Path) -> None:
+    with Recorder(Small(), run_dir=tmp_path / "run"):
+        with pytest.raises(RunExistsError, match=r"records into .* already; close"):
+            Recorder(Small(), run_dir=tmp_path / "run")
+        assert open_run(tmp_path / "run").info["attempt"] == 1
+    assert not module_hooks._global_forward_hooks
 
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_a_full_disk_is_told_once_and_the_run_says_so_where_it_can(
         raise OSError(28, "No space left on device")
 
     def fill(recorder: Recorder) -> None:
-        monkeypatch.setattr(PartWriter, "flush", full)
+        monkeypatch.setattr(PartWriter, "write", full)
         recorder._stream._flushed_s = 0.0
 
     messages, _ = spoiled(tmp_path, ["own"] * 3, fill, pause_s=0.7)
@@ -270,7 +270,7 @@ PLANTED: dict[str, tuple[object, str]] = {
     "updates": (UpdateSizes, "measure"),
     "captures": (UpdateWatch, "capture"),
     "weights before the step": (UpdateWatch, "_remember"),
-    "scalars": (recorder_module, "kept_scalar"),
+    "scalars": (Scalars, "kept"),
     "rows": (Stream, "close_measured"),
     "detectors": (Monitor, "feed"),
     "the background thread": (Stream, "absorb"),

@@ -1,0 +1,1 @@
+"""Part files: written whole, merged as they pile up, read no further than needed."""

@@ -1,0 +1,1 @@
+"""How a run is read: what is asked, which files have it, which attempt counts, what is new."""
