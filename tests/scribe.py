@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from torch import nn
 
 from diagnostics.attach.site import Sites
@@ -47,7 +48,9 @@ class Attempt:
 
 
 def _contained(job: Callable[..., None], *arguments: Any) -> bool:
-    job(*arguments)
+    # A disk that is full breaks nothing here: the next flush has the rows.
+    with suppress(OSError):
+        job(*arguments)
     return True
 
 
@@ -184,7 +187,17 @@ class Scribe:
         self.stream.absorb()
         self.stream.log.prepare()
 
-    def flush(self) -> None:
+    def flush(self, failing: str | None = None) -> None:
+        """Writes what is on record to part files; those of a table that fails stay in the tail until the next time."""
+        writer = self.stream._writer
+        write_part = type(writer)._write_part
+
+        def write(table: str, rows: pa.Table, number: int) -> None:
+            if table == failing:
+                raise OSError(28, "no space left on device")
+            write_part(writer, table, rows, number)
+
+        writer._write_part = write  # type: ignore[method-assign]
         self.stream.flush()
 
     def go_back(self, step: int) -> None:
@@ -257,6 +270,11 @@ class _Deaths:
 
 
 _DEATHS: list[_Deaths] = []
+
+
+def died() -> bool:
+    """Whether the last block of `dying_at` got as far as its operation."""
+    return _DEATHS[0].left <= 0
 
 
 @contextmanager

@@ -52,10 +52,10 @@ def test_a_disk_that_refuses_is_one_line_and_2(
 def test_a_warning_is_one_line_on_stderr(
     diagnostics: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def warn(root: Path) -> list[Path]:
+    def warn(root: str) -> list[Path]:
         with warnings.catch_warnings():
             warnings.simplefilter("always")
-            warnings.warn(f"look at\n  {root.name}", stacklevel=1)
+            warnings.warn(f"look at\n  {Path(root).name}", stacklevel=1)
         return []
 
     monkeypatch.setattr("diagnostics.cli.list_runs.runs_below", warn)

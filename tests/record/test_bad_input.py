@@ -238,7 +238,7 @@ def test_weights_that_become_nan_are_recorded_as_nulls_not_as_numbers(tmp_path: 
 def test_a_full_disk_is_told_once_and_the_run_says_so_where_it_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     def fill(recorder: Recorder) -> None:

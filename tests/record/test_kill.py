@@ -90,7 +90,7 @@ def test_every_acknowledged_step_is_read_once_after_a_kill_at_any_instant(
             early = chance.random() < 0.125
             kill = {
                 "signal": "SIGKILL",
-                "after_acks": 0 if early else chance.randrange(32),
+                "after_acks": 0 if early else chance.randrange(24),
                 "delay_s": chance.uniform(0.0, 0.12) if early else chance.uniform(0.0, 0.012),
             }
             nursery.send(run_dir, tmp_path / f"acks-{number}", kill=kill, every=_EVERY, steps=_LONGEST)

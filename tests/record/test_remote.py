@@ -295,7 +295,10 @@ def test_after_a_kill_all_that_was_uploaded_is_readable_and_compact_brings_the_r
     assert after == list(range(len(after)))
     assert len(after) >= acknowledged + 1
     assert run.steps()["number"].tolist() == [float(step) for step in after]
-    assert set(range(0, acknowledged - 5, 5)) <= set(run.attention()["step"])
+    # On a busy machine a measured step may be left out, and then says so.
+    told = run.events()
+    thinned = set(told[told["message"].str.startswith("what was measured in step")]["step"])
+    assert set(range(0, acknowledged - 5, 5)) - thinned <= set(run.attention()["step"])
     assert run.info["state"] == "crashed"
     assert parts_left(spool) == []
 

@@ -13,9 +13,16 @@ from scripted_writer import ScriptedWriter, merge_some, say
 from synthetic import HEADS, LAYERS, write_run, write_table
 
 from diagnostics.errors import DamagedDataWarning, DiagnosticsError
+from diagnostics.store import write
 from diagnostics.store.coarse.tables import KEYS, STATISTICS
 from diagnostics.store.format import COARSE
 from diagnostics.store.read import Run, open_run
+
+
+@pytest.fixture(autouse=True)
+def _without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every complete bucket is written at the next flush, so that few rows make coarse tables."""
+    monkeypatch.setattr(write, "_LEAST_BUCKETS", 1)
 
 
 def by_hand(values: list[float | None]) -> dict[str, Any]:

@@ -29,13 +29,22 @@ from diagnostics.store.parts.file import write_part
 from diagnostics.store.parts.folder import ROW_GROUP_ROWS, Folder, Part, folders
 from diagnostics.store.parts.merge import merge
 from diagnostics.store.parts.merged import REPLACES_KEY, replaced_by, without_replaced
-from diagnostics.store.parts.merging import FAN_IN, BusyError, Merger, all_small, alone, due, merge_folder
+from diagnostics.store.parts.merging import BusyError, Merger, all_small, alone, due, merge_folder
 from diagnostics.store.read import open_run
 
 # Forks of this process do nothing but merge.
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
 Row = dict[str, Any]
+
+FAN_IN = 16
+"""Of the tests: enough that a kill amid the removals leaves some."""
+
+
+@pytest.fixture(autouse=True)
+def _fan_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "FAN_IN", FAN_IN)
+
 
 HEADS = [(layer, head) for layer in ("blocks.10.attn", "blocks.2.attn") for head in range(3)]
 
@@ -662,7 +671,7 @@ def test_a_part_that_vanishes_stops_the_folders_merge_and_nothing_else(tmp_path:
 _EXIT_AMID_A_MERGE = """
 import sys, threading, pathlib
 import pandas  # which pyarrow loads with the first row that is written
-import diagnostics.store.merging as merging
+import diagnostics.store.parts.merging as merging
 begun = threading.Event()
 original = merging.merge
 def merge(parts, **options):
@@ -693,8 +702,8 @@ def test_the_interpreter_ends_in_order_amid_a_merge(tmp_path: Path) -> None:
 _PEAK = """
 import pathlib, sys
 import pyarrow as pa
-from diagnostics.store.part_folder import folders
-from diagnostics.store.merging import all_small, merge_folder
+from diagnostics.store.parts.folder import folders
+from diagnostics.store.parts.merging import all_small, merge_folder
 for folder in folders(pathlib.Path(sys.argv[1])):
     merge_folder(folder, all_small, damaged={})
 print(pa.default_memory_pool().max_memory())

@@ -142,7 +142,7 @@ def test_a_store_that_refuses_says_which_variables_to_set_and_no_secret() -> Non
 def test_a_local_path_imports_no_client_of_object_stores(tmp_path: Path) -> None:
     program = """
 import sys
-from diagnostics.store.find import find_runs
+from diagnostics.store.reading.find import find_runs
 from diagnostics.store.place import place
 found = find_runs(sys.argv[1])
 assert place(found[0]).entries() and place(found[0] / "run.json").read_bytes()

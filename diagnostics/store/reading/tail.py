@@ -150,7 +150,8 @@ def _decode(
     segments: list[bytes] = []
     log = b""
     wrong: dict[str, str] = {}
-    for name in files.names:
+    # Backwards: what is put on record meanwhile goes to the last file, and must not be seen without what was before.
+    for name in reversed(files.names):
         data = read_bytes(folder / name)
         if data is None:
             gone.add(name)
@@ -159,9 +160,9 @@ def _decode(
         elif name == files.rows_log:
             log = data
         elif not steps and read_steps(data[:_HEAD_BYTES]).rows:
-            segments = segments or [data[:_HEAD_BYTES]]
+            segments = [data[:_HEAD_BYTES]]
         else:
-            segments.append(data)
+            segments.insert(0, data)
     found = read_generation(segments, log)
     if found.damage:
         wrong |= {name: why for name in files.names if (why := _damage(folder, files, name)) is not None}

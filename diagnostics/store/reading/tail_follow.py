@@ -122,11 +122,14 @@ class TailFollower:
 
     def _read_generation(self, files: TailFiles, followed: Followed) -> None:
         followed.has_segments |= bool(files.segments)
-        if self._table == "steps" or followed.first_step is None:
-            for name in files.segments:
-                self._read_segment(name, followed)
+        # Backwards: what is put on record meanwhile goes to the last segment, and must not be seen without what
+        # was before; and a step is on record before the rows that complete it.
+        wants_steps = self._table == "steps" or followed.first_step is None
         if files.rows_log is not None:
             self._read_log(files.rows_log, followed)
+        if wants_steps:
+            for name in reversed(files.segments):
+                self._read_segment(name, followed)
 
     def _read_segment(self, name: str, followed: Followed) -> None:
         at = followed.positions.setdefault(name, _Position())
