@@ -227,10 +227,10 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
+        if error is None or (isinstance(error, SystemExit) and not error.code):
             self.close()
         else:
-            self._close("crashed", f"{kind.__name__}: {error}")
+            self._close("crashed", f"{type(error).__name__}: {error}")
 
     # --- one step -----------------------------------------------------------------------------------
 

@@ -136,7 +136,7 @@ def at_call(owner: Any, name: str, patch: pytest.MonkeyPatch, trouble: Callable[
 
 
 MOMENTS: dict[str, tuple[Any, str, Cadence]] = {
-    "in a segment": (step_log, "_mapped", UNHURRIED),
+    "in a segment": (step_log, "mapped", UNHURRIED),
     "in a frame of rows": (write._RowsLog, "append", UNHURRIED),
     "in a part": (PartWriter, "_write_part", HURRIED),
     "in a coarse part": (CoarseWriter, "write", HURRIED),

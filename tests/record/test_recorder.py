@@ -400,3 +400,19 @@ def test_a_state_of_another_model_is_taken_without_harm(tmp_path: Path) -> None:
     run = open_run(tmp_path / "c")
     assert run.info["faults"] == []
     assert list(run.steps()["step"]) == [2]
+
+
+@pytest.mark.parametrize(("code", "state"), [(None, "finished"), (0, "finished"), (3, "crashed")])
+def test_a_block_left_by_sys_exit_ended_as_its_code_says(
+    tmp_path: Path, code: int | None, state: str
+) -> None:
+    def script() -> None:
+        model = Small()
+        with Recorder(model, None, tmp_path / "run") as recorder:
+            model(batch(0))
+            recorder.step(loss=1.0)
+            sys.exit(code)
+
+    with pytest.raises(SystemExit):
+        script()
+    assert open_run(tmp_path / "run").info["state"] == state

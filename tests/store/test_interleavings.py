@@ -14,7 +14,7 @@ import pytest
 from dying import check_coarse
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from scribe import Attempt, Scribe, died, dying_at, same_value
+from scribe import Arriving, Attempt, Scribe, died, dying_at, same_value
 
 from diagnostics.store import write
 from diagnostics.store.compact import compact_run
@@ -210,6 +210,22 @@ class Story:
         with self._perhaps_dying(death):
             self._scribe.go_back(max(self._scribe.next_step - back, 0))
 
+    @staticmethod
+    def _see_what_arrived(run_dir: Path, attempts: list[Attempt]) -> None:
+        """Of values that were on their way when the process died, the files say once and for all whether they came."""
+        for number, attempt in enumerate(attempts, 1):
+            waiting = [
+                row for row in attempt.rows["steps"] if any(isinstance(v, Arriving) for v in row.values())
+            ]
+            if waiting:
+                found = {
+                    row["step"]: row for row in open_run(run_dir, attempt=number).table("steps").to_pylist()
+                }
+                for row in waiting:
+                    row |= {
+                        name: found[row["step"]].get(name) for name in row if isinstance(row[name], Arriving)
+                    }
+
     @contextmanager
     def _perhaps_dying(self, death: int | None) -> Iterator[None]:
         """Around an operation; where a death is due in it, the story goes on with what that left."""
@@ -228,6 +244,7 @@ class Story:
         shown = effective(attempts)
         if (run_dir / "run.json").exists():
             check_tables(open_run(run_dir), shown)
+            self._see_what_arrived(run_dir, attempts)
         if death is not None:
             after = next(self._places)
             with dying_at(run_dir, death, after):

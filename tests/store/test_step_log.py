@@ -2,14 +2,16 @@
 
 import math
 import os
+import subprocess
 import sys
 import threading
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from diagnostics.store.tail import step_log
+from diagnostics.store.tail import mapping, step_log
 from diagnostics.store.tail.decode import read_steps
 from diagnostics.store.tail.frames import MAGIC, NULL, PENDING
 from diagnostics.store.tail.name import TailName
@@ -205,3 +207,44 @@ def test_a_new_segment_begins_with_the_magic_and_zeros(tmp_path: Path) -> None:
     data = (tmp_path / "tail" / "steps-000000-0000.log").read_bytes()
     assert data[:8] == MAGIC
     assert not any(data[8:])
+
+
+def test_a_file_is_mapped_on_a_disk_of_this_machine_and_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    with path.open("wb+") as file:
+        told = subprocess.run(
+            ["stat", "-f", "-c", "%T", str(path)], capture_output=True, text=True, check=True
+        ).stdout
+        # stat speaks of ext2/ext3 where the mount table says ext4.
+        assert str(mapping.file_system(file.fileno()))[:3] == told[:3]
+        here = mapping.mapped(file.fileno(), 4096)
+        assert here is not None
+        here.close()
+        for kind in ("nfs4", "fuse.sshfs", "lustre", None):
+            monkeypatch.setattr(mapping, "file_system", lambda _, kind=kind: kind)
+            assert mapping.mapped(file.fileno(), 4096) is None
+
+
+def test_a_handler_that_records_amid_a_record_neither_waits_for_ever_nor_spoils_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = StepLog(tmp_path)
+    log.append(0, 0.0, 0.0, False, 1.0, NULL)
+    room_for = log._room_for
+
+    def interrupted(names: tuple[str, ...]) -> Any:
+        # As a signal's handler would, within the lock.
+        monkeypatch.setattr(log, "_room_for", room_for)
+        log.append(1, 0.0, 0.0, False, 2.0, NULL)
+        return room_for(names)
+
+    monkeypatch.setattr(log, "_room_for", interrupted)
+    log.append(2, 0.0, 0.0, False, 3.0, NULL, ("a",), (4.0,))
+    assert [(row["step"], row["loss"], row.get("a")) for row in log.read_new()] == [
+        (0, 1.0, None),
+        (1, 2.0, None),
+        (2, 3.0, 4.0),
+    ]
+    log.close()

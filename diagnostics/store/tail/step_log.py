@@ -19,13 +19,13 @@ from typing import NamedTuple
 from diagnostics.store.format import TAIL
 from diagnostics.store.tail.decode import Row, read_steps
 from diagnostics.store.tail.frames import MAGIC, SEGMENT_BYTES, names_frame, step_struct
+from diagnostics.store.tail.mapping import mapped
 from diagnostics.store.tail.name import TailName
 
 _HEADER = Struct("<II")
 _KIND = ord("S")
 # The writer holds the lock for a few instructions; a training thread that was interrupted within them, longer.
 _PATIENCE_S = 1.0
-_NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
 
 
 class _Layout(NamedTuple):
@@ -61,7 +61,7 @@ class Segment:
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             os.pwrite(self._file, MAGIC, 0)
-            self._map = _mapped(self._file, size)
+            self._map = mapped(self._file, size)
         except OSError:
             self.remove()
             raise
@@ -137,8 +137,9 @@ class StepLog:
         self._folder.mkdir(exist_ok=True)
         self._tag = (attempt, rank)
         self._bytes = segment_bytes
-        # Held for a few instructions only, so that it is no wait; no file is made or read under it.
-        self._lock = threading.Lock()
+        # Held for a few instructions only, so that it is no wait; no file is made or read under it. A signal's
+        # handler may record or close amid `append`, on the thread that holds it.
+        self._lock = threading.RLock()
         self._number = number
         self._segment = self._make(number, 0, segment_bytes)
         self._spare: Segment | None = None
@@ -187,10 +188,12 @@ class StepLog:
             return
         name = self._segment.name
         made = self._make(name.number, name.index + 1, self._bytes)
-        with self._lock:
+        needed = self._lock.acquire(timeout=_PATIENCE_S)
+        if needed:
             needed = self._spare is None and self._segment.name == name
             if needed:
                 self._spare = made
+            self._lock.release()
         if not needed:  # the training thread was faster
             made.remove()
 
@@ -214,10 +217,15 @@ class StepLog:
 
         Args:
             before: only generations of smaller numbers; None: all.
+
+        Returns:
+            The rows; none where the log cannot be had now: what is in it stays for the next call, and in the tail.
         """
-        with self._lock:
-            current = self._segment
-            ends = [(one, one.end) for one in self._unread if before is None or one.name.number < before]
+        if not self._lock.acquire(timeout=_PATIENCE_S):
+            return []
+        current = self._segment
+        ends = [(one, one.end) for one in self._unread if before is None or one.name.number < before]
+        self._lock.release()
         rows = []
         for segment, end in ends:
             rows += segment.read_up_to(end)
@@ -289,24 +297,3 @@ class StepLog:
             with suppress(FileExistsError):
                 return Segment(self._folder, TailName("steps", number, *self._tag, index), size)
             index += 1
-
-
-def _mapped(file: int, size: int) -> mmap.mmap | None:
-    """The file in memory, filled with zeros; None where the file system cannot promise the room or map it.
-
-    Without that promise a full disk would end the process at a write to memory.
-    """
-    allocate = getattr(os, "posix_fallocate", None)
-    if allocate is None:
-        return None
-    try:
-        allocate(file, 0, size)
-    except OSError as error:
-        if error.errno in _NOT_SUPPORTED:
-            return None
-        raise
-    try:
-        # Touched here, so that the training thread does not meet the pages one by one.
-        return mmap.mmap(file, size, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
-    except (OSError, ValueError):
-        return None

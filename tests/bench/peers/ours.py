@@ -14,7 +14,7 @@ from big_runs import write_big_run, write_runs
 from verbs import run, walks
 
 from diagnostics import open_run
-from diagnostics.app.data import Reader
+from diagnostics.app.data import ROUGH_POINTS, Reader
 from diagnostics.app.step_charts import overview_figure
 from diagnostics.app.summary import marks_of, tau_spans
 from diagnostics.cli.list_runs import list_runs
@@ -85,10 +85,10 @@ class Ours:
         return sum("run-" in line for line in said.getvalue().splitlines())
 
     def draw(self) -> int:
-        """What a fresh server does before the run page shows its chart: the first figure; its points."""
+        """What a fresh server does before the run page shows its chart: the first figure; its points. A finer one follows."""
         reader = Reader()
         info, events = reader.info(self._folder), reader.table(self._folder, "events")
-        curves = reader.curves(self._folder)
+        curves = reader.curves(self._folder, most=ROUGH_POINTS)
         figure = overview_figure(curves, marks_of(events), tau_spans(events, info), uirevision="run")
         figure.to_json()
         return sum(len(trace.x) for trace in figure.data if trace.x is not None)
