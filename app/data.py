@@ -193,11 +193,10 @@ class Reader:
             return None
         if resolution > 1:
             # Every step has an overhead, so a mean stands for as many steps as its bucket has.
-            first, last = steps["step"].iloc[0], steps["step"].iloc[-1]
+            last = steps["step"].iloc[-1]
             steps_n = np.full(len(steps), resolution)
             steps_n[-1] = max(1, int(open_run(run).info.get("steps") or last + resolution) - last)
             wall_s = float(steps["time_s_high"].iloc[-1] - steps["time_s_low"].iloc[0])
-            assert first <= last
             return float((steps["overhead_s"] * steps_n).sum()), wall_s
         # The first step's overhead lies before its time: it is left out of both.
         wall_s = float(steps["time_s"].iloc[-1] - steps["time_s"].iloc[0])

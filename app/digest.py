@@ -9,7 +9,7 @@ from diagnostics.errors import DiagnosticsError
 
 from .data import Reader
 from .judging import judged_unasked
-from .summary import highest, last_value, lowest
+from .summary import highest, last_value, lowest, number_of
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Digest:
             return None
         return cls(
             recorded_status(info),
-            _number(summary.get("last_loss")),
-            _number(summary.get("lowest_entropy")),
-            _number(summary.get("highest_sec")),
+            number_of(summary.get("last_loss")),
+            number_of(summary.get("lowest_entropy")),
+            number_of(summary.get("highest_sec")),
         )
 
 
@@ -59,13 +59,3 @@ def digest_of(run: str) -> Digest | str:
     except DiagnosticsError as error:
         return str(error)
     return Digest(status, last_value(curves.loss), lowest(curves.entropy), highest(curves.sec_mean))
-
-
-def _number(value: object) -> float | None:
-    # JSON has no NaN: run.json holds it as the string "nan".
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        return float(value)
-    except ValueError:
-        return None

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from diagnostics.store.manifest import attempts_of
+
 from .series import HIGH, LOW, Span, curve_of, finite, is_coarse, spliced
 
 DRAWN_KINDS = ("alert", "control")
@@ -158,18 +160,13 @@ def resumes(info: Mapping[str, Any]) -> tuple[Mark, ...]:
     """Where later attempts at the run went on, as run.json tells; one that has closed no step yet is left out."""
     marks = []
     before: Mapping[str, Any] = {}
-    for entry in _attempts(info):
+    for entry in attempts_of(dict(info)):
         number, step = entry.get("attempt"), entry.get("first_step")
         if isinstance(number, int) and number > 1 and isinstance(step, int):
             was = f" (attempt {before['attempt']}: {before.get('state')})" if "attempt" in before else ""
             marks.append(Mark(step, "attempt", "info", f"attempt {number} resumed at step {step:,}{was}"))
         before = entry
     return tuple(marks)
-
-
-def _attempts(info: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    attempts = info.get("attempts")
-    return [entry for entry in attempts if isinstance(entry, Mapping)] if isinstance(attempts, list) else []
 
 
 def tau_spans(events: pd.DataFrame, info: Mapping[str, Any]) -> tuple[TauSpan, ...]:
@@ -289,20 +286,20 @@ def _event_text(row: Mapping[Any, Any]) -> str:
 def _armed_at_start(info: Mapping[str, Any]) -> Iterator[tuple[int, float]]:
     remedies = info.get("remedies") or ()
     for remedy in remedies.values() if isinstance(remedies, Mapping) else remedies:
-        if isinstance(remedy, Mapping) and (tau := _as_tau(remedy.get("tau"))) is not None:
+        if isinstance(remedy, Mapping) and (tau := number_of(remedy.get("tau"))) is not None:
             step = remedy.get("step")
             yield (step if isinstance(step, int) else 0), tau
 
 
 def _find_tau(data: Mapping[str, Any]) -> float | None:
     for place_of_tau in (data, data.get("after"), data.get("arguments")):
-        if isinstance(place_of_tau, Mapping) and (tau := _as_tau(place_of_tau.get("tau"))) is not None:
+        if isinstance(place_of_tau, Mapping) and (tau := number_of(place_of_tau.get("tau"))) is not None:
             return tau
     return None
 
 
-def _as_tau(value: object) -> float | None:
-    # JSON has no infinity: the control channel writes it as the string "inf".
+def number_of(value: object) -> float | None:
+    """A number out of JSON, which has no NaN and no infinity: those are the strings that float() reads back."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:

@@ -9,7 +9,6 @@ import errno
 import mmap
 import os
 import threading
-import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,11 +17,10 @@ from typing import NamedTuple
 
 from diagnostics.store.format import TAIL
 from diagnostics.store.tail.decode import Row, read_steps
-from diagnostics.store.tail.frames import MAGIC, SEGMENT_BYTES, names_frame, step_struct
+from diagnostics.store.tail.frames import HEADER, MAGIC, SEGMENT_BYTES, frame, names_frame, step_struct
 from diagnostics.store.tail.mapping import mapped
 from diagnostics.store.tail.name import TailName
 
-_HEADER = Struct("<II")
 _KIND = ord("S")
 # The writer holds the lock for a few instructions; a training thread that was interrupted within them, longer.
 _PATIENCE_S = 1.0
@@ -180,7 +178,7 @@ class StepLog:
             payload = layout.struct.pack(
                 _KIND, step, time_s, overhead_s, measured, layout.identity, loss, lr, *scalars
             )
-            segment.write(_HEADER.pack(len(payload), zlib.crc32(payload)) + payload)
+            segment.write(frame(payload))
 
     def prepare(self) -> None:
         """Makes the segment that comes next, so that the training thread does not have to."""
@@ -268,7 +266,7 @@ class StepLog:
     def _room_for(self, names: tuple[str, ...]) -> tuple[Segment, _Layout]:
         """A segment with room for a record with these scalars, whose names it declares."""
         struct = step_struct(len(names))
-        size = _HEADER.size + struct.size
+        size = HEADER.size + struct.size
         segment = self._segment
         declaration = b"" if names in segment.layouts else names_frame(len(segment.layouts), names)
         if segment.end + len(declaration) + size > segment.size:
