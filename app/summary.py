@@ -172,10 +172,11 @@ def resumes(info: Mapping[str, Any]) -> tuple[Mark, ...]:
 def tau_spans(events: pd.DataFrame, info: Mapping[str, Any]) -> tuple[TauSpan, ...]:
     """When the spectral bound was armed, and with which tau, as far as the run says so.
 
-    A bound armed from the start stands in the manifest's `remedies`; later ones in events of kind
-    `control` or `remedy` whose data holds `tau`. A refused command arms nothing.
+    One armed in code stands in the manifest's `remedies`, with the first measured step that met it armed; one armed
+    by a command in events of kind `control` or `remedy` whose data holds `tau`, and in `remedies` besides. A
+    refused command arms nothing.
     """
-    changes: list[tuple[int, float | None]] = [(step, tau) for step, tau in _armed_at_start(info)]
+    changes: list[tuple[int, float | None]] = []
     for row in events[events["kind"].isin(_REMEDY_KINDS)].to_dict("records"):
         data = event_data(row["data"])
         if data.get("status") in _REFUSED:
@@ -184,6 +185,12 @@ def tau_spans(events: pd.DataFrame, info: Mapping[str, Any]) -> tuple[TauSpan, .
             changes.append((int(row["step"]), None))
         elif (tau := _find_tau(data)) is not None:
             changes.append((int(row["step"]), tau))
+    commanded = list(changes)
+    for met, tau in _armed(info):
+        # Older recorders did not tell when: then the command that armed it does, where there is one.
+        if not any(by == tau and (met is None or step <= met) for step, by in commanded):
+            changes.append((met or 0, tau))
+    changes.sort(key=lambda change: change[0])
     spans = []
     ends = [step for step, _ in changes[1:]]
     for number, (first, tau) in enumerate(changes):
@@ -283,12 +290,12 @@ def _event_text(row: Mapping[Any, Any]) -> str:
     return f"{message} ({where})" if where and where not in message else message
 
 
-def _armed_at_start(info: Mapping[str, Any]) -> Iterator[tuple[int, float]]:
+def _armed(info: Mapping[str, Any]) -> Iterator[tuple[int | None, float]]:
     remedies = info.get("remedies") or ()
     for remedy in remedies.values() if isinstance(remedies, Mapping) else remedies:
         if isinstance(remedy, Mapping) and (tau := number_of(remedy.get("tau"))) is not None:
             step = remedy.get("step")
-            yield (step if isinstance(step, int) else 0), tau
+            yield (step if isinstance(step, int) else None), tau
 
 
 def _find_tau(data: Mapping[str, Any]) -> float | None:

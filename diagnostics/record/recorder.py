@@ -30,7 +30,7 @@ from diagnostics.record.site_report import SiteReport
 from diagnostics.record.stream import Stream
 from diagnostics.record.update_watch import UpdateWatch
 from diagnostics.record.uploading import Uploading
-from diagnostics.remedies.spectral_bound import active_bounds
+from diagnostics.remedies.spectral_bound import SpectralBound, active_bounds
 
 Optimizer = torch.optim.Optimizer
 
@@ -143,6 +143,7 @@ class Recorder:
             self._has_steps = False
             self._due = 0
             self._measured: MeasuredStep | None = None
+            self._met_armed: weakref.WeakKeyDictionary[SpectralBound, int] = weakref.WeakKeyDictionary()
             self._process = os.getpid()
             self._background = Background(self._stream, self._border)
             undo.callback(self._background.end, "crashed", "the recorder could not be made")
@@ -294,7 +295,7 @@ class Recorder:
             "updates_left_out": dict(self._updates.left_out),
             "attention_observed": self._forwards.way,
             "remedies": [
-                {"name": bound.name, "tau": bound.tau}
+                {"name": bound.name, "tau": bound.tau, "step": self._met_armed.setdefault(bound, step)}
                 for optimizer in self._optimizers
                 for bound in active_bounds(optimizer)
             ],

@@ -184,3 +184,16 @@ def test_an_unreadable_event_arms_nothing() -> None:
         {"step": 1, "kind": "control", "data": "{half"}, {"step": 2, "kind": "control", "data": None}
     )
     assert tau_spans(rows, {}) == ()
+
+
+@pytest.mark.parametrize("told", [{}, {"step": 40}])
+def test_a_bound_that_a_command_armed_is_drawn_from_the_command_on_and_once(told: dict[str, int]) -> None:
+    armed = {"data": json.dumps({"command": "spectral-bound", "status": "done", "after": {"tau": 0.01}})}
+    rows = events({"step": 36, "kind": "control", **armed})
+    spans = tau_spans(rows, {"remedies": [{"name": "spectral-bound", "tau": 0.01, **told}]})
+    assert [(span.first_step, span.last_step, span.tau) for span in spans] == [(36, None, 0.01)]
+
+
+def test_a_bound_armed_in_code_is_drawn_from_the_step_that_met_it_armed() -> None:
+    spans = tau_spans(events(), {"remedies": [{"name": "spectral-bound", "tau": 0.01, "step": 20}]})
+    assert [(span.first_step, span.last_step, span.tau) for span in spans] == [(20, None, 0.01)]
