@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -79,6 +80,8 @@ class Recorder:
         control: str = "suggest",
     ) -> None:
         self._closed = False
+        # Of a recorder that records nothing, as that of a rank that was not asked, it is what was given.
+        self.run_dir: Path | str = "" if run_dir is None else str(run_dir)
         self._disabled = os.environ.get("DIAGNOSTICS_DISABLED", "") not in ("", "0")
         if self._disabled:
             return

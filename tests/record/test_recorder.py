@@ -244,6 +244,7 @@ def test_disabled_by_the_environment_nothing_is_written_or_hooked(
         assert recorder.state_dict() == {}
         recorder.load_state_dict({"step": 3})
         assert recorder.controller is None
+        assert recorder.run_dir == str(tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
