@@ -104,7 +104,7 @@ def test_a_recorded_run_goes_on_and_no_longer_names_a_bound_that_gave_up(
             recorder.step()
             recorder._on_worker(recorder._stream.write_manifest)
             named.append(open_run(tmp_path / "run").info["remedies"])
-    assert named == [[{"name": "spectral-bound", "tau": TAU}], [], []]
+    assert named == [[{"name": "spectral-bound", "tau": TAU, "step": 0}], [], []]
     run = open_run(tmp_path / "run")
     assert run.info["faults"] == []
     assert len(run.steps()) == 3
