@@ -6,7 +6,7 @@ from typing import Any
 
 from diagnostics.detect.finding import SEVERITIES, STATUSES, Finding
 from diagnostics.detect.monitor import Monitor
-from diagnostics.detect.replay import frames_of
+from diagnostics.detect.replay import blocks_of
 from diagnostics.store.read import Run, open_run
 
 
@@ -27,7 +27,7 @@ class Report:
     status: str
     step: int | None
     findings: tuple[Finding, ...] = ()
-    forecast: dict[str, float] | None = None
+    forecast: dict[str, Any] | None = None
     missing: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,9 +58,9 @@ def assess(run_or_path: Run | str | os.PathLike[str], *, up_to_step: int | None 
             f"up_to_step is {up_to_step}; steps count from 0, give a step of the run or leave it out"
         )
     run = run_or_path if isinstance(run_or_path, Run) else open_run(run_or_path)
-    monitor = Monitor()
-    for frame in frames_of(run, up_to_step):
-        monitor.feed(frame)
+    monitor = Monitor(run.info.get("sites") or ())
+    for block in blocks_of(run, up_to_step):
+        monitor.feed(block)
     missing = [
         *monitor.missing(),
         *(f"data is missing: {name} is damaged and was left out: {why}" for name, why in run.damaged.items()),
@@ -70,6 +70,7 @@ def assess(run_or_path: Run | str | os.PathLike[str], *, up_to_step: int | None 
         status=monitor.status(),
         step=monitor.step,
         findings=tuple(sorted(monitor.findings(), key=_worst_first)),
+        forecast=monitor.forecast,
         missing=tuple(missing),
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diagnostics.store.format import TABLES
+from diagnostics.store.format import STEP_SCALARS, TABLES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -84,4 +84,5 @@ def test_the_run_directory_is_documented_column_by_column() -> None:
     for table, columns in TABLES.items():
         _, _, part = page.partition(f"**{table}**")
         rows = [line for line in part.split("\n\n")[1].splitlines() if line.startswith("| `")]
-        assert rows == [f"| `{c.name}` | {c.type} | {c.unit} | {c.meaning} |" for c in columns]
+        added = STEP_SCALARS if table == "steps" else ()
+        assert rows == [f"| `{c.name}` | {c.type} | {c.unit} | {c.meaning} |" for c in (*columns, *added)]

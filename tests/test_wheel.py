@@ -80,6 +80,12 @@ def test_every_folder_with_modules_is_a_package() -> None:
     assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
 
 
+def test_the_wheel_carries_the_bands_that_the_detectors_judge_by(wheel_names: list[str]) -> None:
+    for path in (ROOT / "diagnostics" / "detect").glob("*.json"):
+        assert f"diagnostics/detect/{path.name}" in wheel_names
+    assert "diagnostics/detect/bands.json" in wheel_names
+
+
 def test_the_wheel_says_that_the_package_is_typed(wheel_names: list[str]) -> None:
     assert "diagnostics/py.typed" in wheel_names
 

@@ -1,44 +1,56 @@
 """All detectors over one run: live beside the recorder, or replayed from its tables."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from diagnostics.detect.bands import Bands, shipped_bands
+from diagnostics.detect.block import Block
+from diagnostics.detect.coverage import Coverage
 from diagnostics.detect.detector import Detector
-from diagnostics.detect.divergence import Divergence
-from diagnostics.detect.entropy_collapse import EntropyCollapse
+from diagnostics.detect.detectors import DETECTORS
 from diagnostics.detect.finding import STATUSES, Finding
-from diagnostics.detect.frame import Frame
-from diagnostics.detect.loss_stall import LossStall
-from diagnostics.detect.spectral_concentration import SpectralConcentration
-
-DETECTORS: dict[str, type[Detector]] = {
-    "entropy_collapse": EntropyCollapse,
-    "spectral_concentration": SpectralConcentration,
-    "loss_stall": LossStall,
-    "divergence": Divergence,
-}
-"""A new pathology is one file and one line here."""
+from diagnostics.detect.forecast import forecast
+from diagnostics.detect.history import History, flags_of
+from diagnostics.detect.window import Window
 
 
 class Monitor:
-    """Feeds every detector and sums up: findings, status, what could not be judged."""
+    """Feeds every detector and sums up: findings, status, forecast, what could not be judged.
 
-    def __init__(self) -> None:
-        self._detectors = {name: detector() for name, detector in DETECTORS.items()}
+    Args:
+        sites: what run.json says of the attention sites: bands and rules know their flags.
+        bands: the bands to judge by (None: those that ship).
+    """
+
+    def __init__(self, sites: Iterable[Mapping[str, Any]] = (), bands: Bands | None = None) -> None:
+        by_name = shipped_bands() if bands is None else bands
+        self._detectors: dict[str, Detector] = {
+            name: detector(by_name[name]) for name, detector in DETECTORS.items()
+        }
+        self._flags = flags_of(sites)
+        self._history = History()
         self.step: int | None = None
-        self._saw_loss = False
-        self._saw_attention = False
-        self._saw_spectra = False
-        self._frames = 0
+        self.forecast: dict[str, Any] | None = None
+        self._coverage = Coverage()
 
-    def feed(self, frame: Frame) -> list[Finding]:
-        """Takes the next frame; returns the findings raised at it."""
-        self.step = frame.step
-        self._frames += 1
-        self._saw_loss |= bool(frame.loss_given.any())
-        self._saw_attention |= bool(frame.attention)
-        self._saw_spectra |= bool(frame.spectra)
-        return [finding for detector in self._detectors.values() for finding in detector.feed(frame)]
+    def see_sites(self, sites: Iterable[Mapping[str, Any]]) -> None:
+        """Takes what is known of the sites by now."""
+        self._flags = flags_of(sites)
+
+    def feed(self, block: Block) -> list[Finding]:
+        """Takes the next frames; returns the findings raised at them, in the order of their steps."""
+        if not len(block):
+            return []
+        self.step = int(block.steps[-1])
+        self._coverage.see(block)
+        window = self._history.window(block, self._flags)
+        raised = [finding for detector in self._detectors.values() for finding in detector.feed(window)]
+        self.forecast = self._forecast(window)
+        return sorted(raised, key=lambda finding: finding.raised_step or 0)
+
+    def _forecast(self, window: Window) -> dict[str, Any] | None:
+        collapsed = self.status() in ("collapsed", "diverged")
+        return None if collapsed else forecast(window)
 
     def findings(self) -> list[Finding]:
         """Every finding so far, as it stands now."""
@@ -46,34 +58,29 @@ class Monitor:
 
     def status(self) -> str:
         """The worst status among the active findings; `no-data` where nothing could be judged."""
-        if not (self._saw_loss or self._saw_attention or self._saw_spectra):
+        if not self._coverage.any:
             return "no-data"
         return max((f.status for f in self.findings() if f.active), key=STATUSES.index, default="healthy")
 
     def missing(self) -> list[str]:
         """Sentences on what was not there to be judged."""
-        if self.step is None:
-            return ["the run has no steps yet"]
-        missing = []
-        if not self._saw_loss:
-            missing.append("no loss was handed to recorder.step: divergence and stalls are not judged")
-        if not self._saw_attention:
-            missing.append("no attention entropy was observed: entropy collapse is not judged")
-        if not self._saw_spectra:
-            missing.append("no spectra of Wq^T Wk were measured: spectral energy concentration is not judged")
-        return missing
+        return self._coverage.missing()
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "version": 2,
             "step": self.step,
-            "frames": self._frames,
-            "saw": [self._saw_loss, self._saw_attention, self._saw_spectra],
+            "coverage": self._coverage.state_dict(),
+            "history": self._history.state_dict(),
             "detectors": {name: detector.state_dict() for name, detector in self._detectors.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.step, self._frames = state["step"], state["frames"]
-        self._saw_loss, self._saw_attention, self._saw_spectra = state["saw"]
+        if state.get("version") != 2:  # noqa: PLR2004 - windows of an older version mean nothing to these rules
+            return
+        self.step = state["step"]
+        self._coverage.load_state_dict(state["coverage"])
+        self._history.load_state_dict(state["history"])
         for name, detector in self._detectors.items():
             if name in state["detectors"]:
                 detector.load_state_dict(state["detectors"][name])

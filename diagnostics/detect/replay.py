@@ -1,156 +1,118 @@
-"""Frames for the detectors: built row by row beside a live run, or read back from its tables.
+"""Blocks for the detectors, read back from a stored run: the arrays that the live run was judged by."""
 
-Both ways give the same frames, so a replay raises the very alerts that were raised live.
-"""
-
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from diagnostics.detect.frame import HEAD_COLUMNS, UPDATE_COLUMNS, Frame, Rows, Values
+from diagnostics.detect.block import ATTENTION, SCALARS, SPECTRA, UPDATES, Block, Bools, Ints, Values
 from diagnostics.store.read import Run
 
-Row = Mapping[str, Any]
+FRAMES = 2048
+"""Frames of a block: more would save no time, and take memory in a run of a million steps."""
 
 
-class FrameBuilder:
-    """Collects the losses between measured steps and closes a frame at each."""
-
-    def __init__(self) -> None:
-        self._steps: list[int] = []
-        self._losses: list[float | None] = []
-
-    @property
-    def open(self) -> bool:
-        """Whether steps were added since the last frame."""
-        return bool(self._steps)
-
-    def add(self, step: int, loss: float | None) -> None:
-        self._steps.append(step)
-        self._losses.append(loss)
-
-    def close(
-        self,
-        step: int,
-        attention: Sequence[Row] = (),
-        spectra: Sequence[Row] = (),
-        updates: Sequence[Row] = (),
-    ) -> Frame:
-        frame = Frame(
-            step=step,
-            steps=np.array(self._steps, dtype=np.int64),
-            losses=np.array([np.nan if loss is None else loss for loss in self._losses], dtype=np.float64),
-            loss_given=np.array([loss is not None for loss in self._losses], dtype=np.bool_),
-            attention=_rows(attention, _head_key, HEAD_COLUMNS["attention"]),
-            spectra=_rows(spectra, _head_key, HEAD_COLUMNS["spectra"]),
-            updates=_rows(updates, _parameter_key, UPDATE_COLUMNS),
-        )
-        self._steps, self._losses = [], []
-        return frame
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps": list(self._steps), "losses": list(self._losses)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._steps, self._losses = list(state["steps"]), list(state["losses"])
-
-
-def frames_of(run: Run, up_to_step: int | None = None) -> Iterator[Frame]:
+def blocks_of(run: Run, up_to_step: int | None = None) -> Iterator[Block]:
     """The frames of a stored run, in step order; none looks past `up_to_step` (inclusive).
 
-    Losses after the last measured step make a frame of their own, as they do when a live run is closed.
+    Steps after the last measured one make a frame of their own, as they do when a live run is closed.
     """
-    steps = run.table("steps", ["step", "loss", "measured"], end_step=up_to_step)
-    numbers: np.ndarray[Any, np.dtype[np.int64]] = steps.column("step").to_numpy()
+    steps = run.table("steps", None, end_step=up_to_step)
+    every_step: Ints = steps.column("step").to_numpy()
+    if not len(every_step):
+        return
     measured = steps.column("measured").to_numpy(zero_copy_only=False).astype(bool)
-    loss = steps.column("loss")
-    given = loss.is_valid().to_numpy(zero_copy_only=False)
-    losses = loss.fill_null(np.nan).to_numpy()
-    tables = {
-        name: _ByStep(run.table(name, columns, end_step=up_to_step), keys)
-        for name, columns, keys in (
-            ("attention", ["step", "layer", "head", *HEAD_COLUMNS["attention"]], ("layer", "head")),
-            ("spectra", ["step", "layer", "head", *HEAD_COLUMNS["spectra"]], ("layer", "head")),
-            ("updates", ["step", "parameter", *UPDATE_COLUMNS], ("parameter",)),
-        )
-    }
-    ends = np.flatnonzero(measured)
-    if len(numbers) and (not len(ends) or ends[-1] != len(numbers) - 1):
-        ends = np.append(ends, len(numbers) - 1)
-    for table in tables.values():
-        table.cut_at(numbers[ends])
+    losses, given = _numbers(steps, "loss")
+    scalars = {name: _numbers(steps, name)[0] for name in SCALARS}
+    ends = np.flatnonzero(measured) + 1
+    if not len(ends) or ends[-1] != len(every_step):
+        ends = np.append(ends, len(every_step))
+    attention = _Table(run.table("attention", ["step", "layer", "head", *ATTENTION], end_step=up_to_step), 2)
+    spectra = _Table(run.table("spectra", ["step", "layer", "head", *SPECTRA], end_step=up_to_step), 2)
+    updates = _Table(run.table("updates", ["step", "parameter", *UPDATES], end_step=up_to_step), 1)
+    heads = tuple(sorted({*attention.keys, *spectra.keys}))
     begin = 0
-    for index, end in enumerate(ends):
-        step = int(numbers[end])
-        here = slice(begin, int(end) + 1)
-        yield Frame(
-            step=step,
-            steps=numbers[here],
+    for first in range(0, len(ends), FRAMES):
+        block_ends = ends[first : first + FRAMES]
+        here = slice(begin, int(block_ends[-1]))
+        frames = every_step[block_ends - 1]
+        yield Block(
+            steps=frames,
+            measured=measured[block_ends - 1],
+            every_step=every_step[here],
+            ends=block_ends - begin,
             losses=losses[here],
             loss_given=given[here],
-            attention=tables["attention"].rows(index),
-            spectra=tables["spectra"].rows(index),
-            updates=tables["updates"].rows(index),
+            scalars={name: values[here] for name, values in scalars.items()},
+            heads=heads,
+            attention=attention.columns(frames, heads),
+            spectra=spectra.columns(frames, heads),
+            parameters=tuple(sorted(updates.keys)),
+            updates=updates.columns(frames, tuple(sorted(updates.keys))),
         )
-        begin = int(end) + 1
+        begin = int(block_ends[-1])
 
 
-class _ByStep:
-    """A table sorted by step, cut into the rows of each frame's step."""
-
-    def __init__(self, table: pa.Table, keys: tuple[str, ...]) -> None:
-        self._steps: np.ndarray[Any, np.dtype[np.int64]] = table.column("step").to_numpy()
-        self._edges: tuple[list[int], list[int]] = ([], [])
-        encoded = [table.column(name).combine_chunks().dictionary_encode("encode") for name in keys]
-        self._words = [column.dictionary.to_pylist() for column in encoded]
-        self._codes = np.stack([column.indices.to_numpy().astype(np.int32) for column in encoded], axis=1)
-        self._keys: dict[bytes, tuple[Any, ...]] = {}
-        self._values: dict[str, Values] = {
-            name: table.column(name).fill_null(np.nan).to_numpy().astype(np.float64)
-            for name in table.column_names
-            if name not in ("step", *keys)
-        }
-
-    def cut_at(self, steps: np.ndarray[Any, np.dtype[np.int64]]) -> None:
-        """Finds the rows of every one of these steps."""
-        first, last = (np.searchsorted(self._steps, steps, side).tolist() for side in ("left", "right"))
-        self._edges = (first, last)
-
-    def rows(self, index: int) -> Rows:
-        """The rows of the step at `index` of those that were cut at."""
-        first, last = self._edges[0][index], self._edges[1][index]
-        if first == last:
-            return Rows()
-        codes = self._codes[first:last]
-        # Nearly every step has the keys of the one before.
-        keys = self._keys.get(codes.tobytes())
-        if keys is None:
-            columns = [
-                [words[code] for code in column]
-                for words, column in zip(self._words, codes.T.tolist(), strict=True)
-            ]
-            keys = tuple(columns[0]) if len(columns) == 1 else tuple(zip(*columns, strict=True))
-            self._keys[codes.tobytes()] = keys
-        return Rows(keys, {name: values[first:last] for name, values in self._values.items()})
+def _numbers(table: pa.Table, name: str) -> tuple[Values, Bools]:
+    """A column with NaN for null, and where it is not null."""
+    if name not in table.column_names:
+        return np.full(len(table), np.nan), np.zeros(len(table), dtype=np.bool_)
+    column = table.column(name)
+    known = column.is_valid().to_numpy(zero_copy_only=False).astype(np.bool_)
+    return column.fill_null(np.nan).to_numpy().astype(np.float64), known
 
 
-def _head_key(row: Row) -> tuple[str, int]:
-    return row["layer"], row["head"]
+class _Table:
+    """A table sorted by step, ready to be laid out by frame and key.
+
+    Args:
+        table: columns `step`, then the key, then numbers.
+        key_columns: how many columns make the key.
+    """
+
+    def __init__(self, table: pa.Table, key_columns: int) -> None:
+        names = table.column_names
+        self._steps: Ints = table.column("step").to_numpy()
+        encoded = [
+            table.column(name).combine_chunks().dictionary_encode("encode")
+            for name in names[1 : 1 + key_columns]
+        ]
+        words = [column.dictionary.to_pylist() for column in encoded]
+        codes = np.zeros(len(table), dtype=np.int64)
+        for column, known in zip(encoded, words, strict=True):
+            codes = codes * max(len(known), 1) + column.indices.to_numpy().astype(np.int64)
+        # Few codes are possible, so that counting them is faster than sorting the rows.
+        distinct = np.flatnonzero(np.bincount(codes)) if len(codes) else codes
+        self._codes = np.searchsorted(distinct, codes)
+        self.keys = tuple(_key(int(code), words) for code in distinct)
+        self._values = {name: _numbers(table, name)[0] for name in names[1 + key_columns :]}
+
+    def columns(self, frames: Ints, keys: tuple[Any, ...]) -> dict[str, Values]:
+        """(F, K) of each column, NaN where the table has no row; empty where it has none at all."""
+        if not self.keys:
+            return {}
+        place = {key: index for index, key in enumerate(keys)}
+        places = np.array([place[key] for key in self.keys], dtype=np.int64)
+        first, last = (
+            np.searchsorted(self._steps, frames[0]),
+            np.searchsorted(self._steps, frames[-1], "right"),
+        )
+        rows = slice(int(first), int(last))
+        frame = np.searchsorted(frames, self._steps[rows])
+        exact = frames[np.minimum(frame, len(frames) - 1)] == self._steps[rows]
+        at = (frame * len(keys) + places[self._codes[rows]])[exact]
+        laid_out = {}
+        for name, values in self._values.items():
+            column = np.full(len(frames) * len(keys), np.nan)
+            column[at] = values[rows][exact]
+            laid_out[name] = column.reshape(len(frames), len(keys))
+        return laid_out
 
 
-def _parameter_key(row: Row) -> str:
-    return str(row["parameter"])
-
-
-def _rows(rows: Sequence[Row], key_of: Any, columns: Sequence[str]) -> Rows:  # noqa: ANN401 - one of the two above
-    if not rows:
-        return Rows()
-    ordered = sorted(rows, key=key_of)  # the order in which a reader gets them
-    values = {}
-    for name in columns:
-        column = [np.nan if row.get(name) is None else row[name] for row in ordered]
-        # The tables hold float32: what is judged live must be what is read back.
-        values[name] = np.array(column, dtype=np.float32).astype(np.float64)
-    return Rows(tuple(key_of(row) for row in ordered), values)
+def _key(code: int, words: list[list[Any]]) -> Any:  # noqa: ANN401 - a name, or layer and head
+    parts = []
+    for known in reversed(words):
+        code, index = divmod(code, len(known))
+        parts.append(known[index])
+    return parts[0] if len(parts) == 1 else tuple(reversed(parts))

@@ -97,10 +97,15 @@ class Background:
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {}
-        # These belong to the worker: they are taken there.
-        self.wait_for(
-            lambda: state.update(stream=self._stream.state_dict(), updates=self._sizes.state_dict())
-        )
+
+        def take() -> None:
+            state.update(stream=self._stream.state_dict(), updates=self._sizes.state_dict())
+
+        # These belong to the worker: they are taken there, or once it is gone.
+        if self._worker.gone:
+            self._border.run(take)
+        else:
+            self.wait_for(take)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -180,7 +180,7 @@ class Recorder:
 
         Args:
             loss: float or 0-d tensor. A tensor on a device is fetched later, never synchronised here.
-            **scalars: more of the same kind; `lr` and `grad_norm` fill the columns of those names.
+            **scalars: more of the same kind; `lr`, `grad_norm` and `adam_rms` fill the columns of those names.
         """
         if self._disabled or self._closed:
             return
@@ -246,6 +246,8 @@ class Recorder:
             measured.captured = self._updates.capture()
             if self._updates.grad_norm is not None:
                 scalars.setdefault("grad_norm", self._updates.grad_norm)
+            if self._updates.adam_rms is not None:
+                scalars.setdefault("adam_rms", self._updates.adam_rms)
         lr = scalars.pop("lr", None)
         if lr is None and self._optimizers:
             lr = self._optimizers[0].param_groups[0]["lr"]

@@ -115,6 +115,7 @@ class Stream:
         self._flushed_s = self._started_s
         self._beaten_s = 0.0
         self._at_disk_s: float | None = None
+        self._released = False
         self.step = -1
 
     def start(self) -> None:
@@ -195,8 +196,9 @@ class Stream:
     def finish_rows(self) -> None:
         """Writes everything to part files, the losses after the last measured step to the detectors before."""
         self.absorb()
-        if self._detection.waiting:
-            self.watch(self.step, {})
+        watched = self._detection.on and self._detection.waiting
+        if watched and not self._contained_for("the detectors", self._judge_last):
+            self._detection.switch_off()
         self.flush()
 
     def finish(self, state: str, error: str | None) -> None:
@@ -207,6 +209,7 @@ class Stream:
 
     def release(self) -> None:
         """Lets all files go, after everything else."""
+        self._released = True
         self._disk.wait(_DISK_WAIT_S)
         self._disk.stop()
         self._merger.stop()
@@ -257,7 +260,8 @@ class Stream:
         return self._attempt
 
     def state_dict(self) -> dict[str, Any]:
-        self.absorb()
+        if not self._released:
+            self.absorb()
         return self._detection.state_dict(self.step)
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
@@ -379,8 +383,14 @@ class Stream:
         return self._contained_for(MERGING, at_leisure)
 
     def _judge(self, step: int, rows: Mapping[str, Sequence[Row]]) -> None:
-        alerts = self._detection.close_frame(step, rows)
-        self._manifest["status"] = self._detection.status
+        self._detection.see_sites(self._manifest["sites"])
+        self._tell(self._detection.close_frame(step, rows))
+
+    def _judge_last(self) -> None:
+        self._tell(self._detection.close_last(self.step))
+
+    def _tell(self, alerts: list[Finding]) -> None:
+        self._manifest |= {"status": self._detection.status, "forecast": self._detection.forecast}
         self._raise_alerts(alerts)
 
     def _raise_alerts(self, alerts: list[Finding]) -> None:

@@ -1,4 +1,4 @@
-"""Watching one optimizer step: weights before it, the update it made, the gradient norm it used.
+"""Watching one optimizer step: weights before it, the update it made, the gradients it used.
 
 Shape suffixes: m x n one matrix; convolutions are flattened.
 """
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from diagnostics.measure.adam_rms import adam_rms
+from diagnostics.record.second_moments import second_moments
 from diagnostics.remedies.optimizers import takes_closure
 from diagnostics.remedies.spectral_bound import active_bounds
 
@@ -44,6 +46,7 @@ class UpdateWatch:
         self._before: dict[str, tuple[nn.Parameter, Tensor]] = {}
         self._closure_given = False
         self.grad_norm: Tensor | None = None
+        self.adam_rms: Tensor | None = None
         self.left_out: dict[str, str] = {}
 
     def arm(self, contained: Callable[..., bool]) -> None:
@@ -64,7 +67,7 @@ class UpdateWatch:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._before, self.grad_norm = {}, None
+        self._before, self.grad_norm, self.adam_rms = {}, None, None
 
     def _before_step(
         self,
@@ -81,6 +84,7 @@ class UpdateWatch:
     ) -> None:
         if self._closure_given:
             contained(self._add_grad_norm, optimizer)
+        contained(self._add_adam_rms, optimizer)
 
     @torch.no_grad()
     def _remember(self, optimizer: torch.optim.Optimizer) -> None:
@@ -125,6 +129,13 @@ class UpdateWatch:
         ]
         total = torch.linalg.vector_norm(torch.stack(norms))
         self.grad_norm = total if self.grad_norm is None else torch.hypot(self.grad_norm, total)
+
+    def _add_adam_rms(self, optimizer: torch.optim.Optimizer) -> None:
+        largest = adam_rms(second_moments(optimizer))
+        if largest is not None:
+            before = self.adam_rms
+            # Of several optimizers, or steps within the recorder's step, the largest counts; a NaN stays.
+            self.adam_rms = largest if before is None else torch.maximum(before, largest.to(before))
 
     @torch.no_grad()
     def capture(self) -> list[CapturedUpdate]:

@@ -51,6 +51,11 @@ class Worker:
         if self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
 
+    @property
+    def gone(self) -> bool:
+        """Whether the thread has ended: what was its own may be touched by others."""
+        return not self._thread.is_alive()
+
     def _run(self) -> None:
         next_idle_s = time.monotonic() + self._idle_period_s
         while True:

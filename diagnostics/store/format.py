@@ -124,6 +124,23 @@ TABLES: dict[str, tuple[Column, ...]] = {
     ),
 }
 
+STEP_SCALARS: tuple[Column, ...] = (
+    Column(
+        "adam_rms",
+        pa.float64(),
+        "",
+        "largest RMS_t = sqrt(mean(g^2 / max(v, eps^2))) of a parameter under Adam or its kin (arXiv 2304.13013)",
+    ),
+)
+"""Columns of `steps` that the recorder adds where it measured them, behind the contract's, like a user's scalars."""
+
+
+def scalar_field(name: str) -> pa.Field:
+    """The field of a column of `steps` behind the contract's: the recorder's own, or a user's scalar."""
+    own = {column.name: column.field for column in STEP_SCALARS}
+    return own.get(name, Column(name, pa.float64(), "", "user scalar").field)
+
+
 SCHEMAS: dict[str, pa.Schema] = {
     table: pa.schema([column.field for column in columns]) for table, columns in TABLES.items()
 }
@@ -192,6 +209,9 @@ def part_steps(name: str) -> tuple[int, int] | None:
 def metric_metadata() -> dict[str, dict[str, dict[str, str]]]:
     """Unit and meaning of every column, written into run.json so that a run explains itself."""
     return {
-        table: {column.name: {"unit": column.unit, "meaning": column.meaning} for column in columns}
+        table: {
+            column.name: {"unit": column.unit, "meaning": column.meaning}
+            for column in (*columns, *(STEP_SCALARS if table == "steps" else ()))
+        }
         for table, columns in TABLES.items()
     }

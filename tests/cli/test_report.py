@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from synthetic import write_run, write_table
 
+from diagnostics.cli.phrases import forecast_words
+from diagnostics.cli.state import state_lines
 from diagnostics.detect.finding import Finding
 from diagnostics.report import Report, assess
 
@@ -202,7 +204,28 @@ def test_a_forecast_is_told_with_its_interval(
     monkeypatch.setattr("diagnostics.cli.report.assess", lambda *_, **__: report)
     ended = diagnostics("report", write_run(tmp_path))
     assert ended.code == 1
-    assert "forecast: collapse in about 120 steps (80 to 200), confidence 0.7" in ended.out
+    assert "forecast: collapse in about 120 steps (80 to 200), 70 % sure: step ~219\n" in ended.out
+
+
+def test_a_forecast_says_which_head_it_rests_on(
+    diagnostics: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forecast = {
+        "steps_to_collapse": 30,
+        "low": 20,
+        "high": 60,
+        "confidence": 0.8,
+        "layer": "b.attn",
+        "head": 2,
+        "signal": "max_logit",
+        "now": 23.4,
+        "level": 50.0,
+    }
+    report = Report(run="run", status="at-risk", step=99, forecast=forecast)
+    assert told(diagnostics, write_run(tmp_path), report, monkeypatch)[1] == (
+        "  forecast: collapse in about 30 steps (20 to 60), 80 % sure: step ~129; "
+        "max_logit in b.attn, head 2, is 23.4 and heads for 50"
+    )
 
 
 def test_a_loss_that_is_not_a_number_is_a_finding(diagnostics: Command, tmp_path: Path) -> None:
@@ -232,21 +255,163 @@ def test_the_command_runs_as_a_module_too(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "run: healthy at step 99\n", "")
 
 
-def test_evidence_is_told_with_the_band_that_it_left(
+def told(diagnostics: Command, run: Path, report: Report, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines that are printed of a report."""
+    monkeypatch.setattr("diagnostics.cli.report.assess", lambda *_, **__: report)
+    lines: list[str] = diagnostics("report", run).out.splitlines()
+    return lines
+
+
+def test_evidence_is_told_with_the_bands_that_it_left_and_those_come_first(
     diagnostics: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evidence = {
-        "entropy": 0.31234,
-        "entropy_healthy": "above 1.5 nats",
         "heads": 4,
         "sec_1": None,
+        "entropy": 0.31234,
+        "entropy_healthy": "above 1.5 nats",
+        "max_logit": 140.0,
+        "max_logit_healthy": [2.0, 31.5],
         "band": [1.0, 2.0],
     }
     finding = Finding("entropy-collapse", "critical", None, None, 40, evidence, status="collapsed")
     report = Report(run="run", status="collapsed", step=99, findings=(finding,))
-    monkeypatch.setattr("diagnostics.cli.report.assess", lambda *_, **__: report)
-    ended = diagnostics("report", write_run(tmp_path))
-    expected = (
-        "    evidence: entropy 0.3123 (healthy: above 1.5 nats); heads 4; sec_1 not observed; band 1 to 2"
+    assert (
+        "    evidence: entropy 0.3123 (healthy: above 1.5 nats); max_logit 140 (healthy: 2 to 31.5); "
+        "heads 4; sec_1 not observed; band 1 to 2"
+    ) in told(diagnostics, write_run(tmp_path), report, monkeypatch)
+
+
+def test_alarms_come_before_what_is_worth_knowing_and_what_is_over_comes_last_in_a_line(
+    diagnostics: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    findings = (
+        Finding("logit-growth", "warning", "a.attn", 3, 60, message="grows", status="at-risk"),
+        Finding("benign-collapse", "info", "b.attn", 0, 20, message="sharp, and the loss falls"),
+        Finding("loss-spike", "warning", None, None, 10, {"loss": 9.0}, "wait", "spiked", last_step=14),
     )
-    assert expected in ended.out.splitlines()
+    report = Report(run="run", status="at-risk", step=99, findings=findings)
+    assert told(diagnostics, write_run(tmp_path), report, monkeypatch) == [
+        "run: at risk at step 99: logit-growth in a.attn, head 3, since step 60",
+        "  warning: logit-growth in a.attn, head 3, since step 60",
+        "    grows",
+        "  worth knowing: benign-collapse in b.attn, head 0, since step 20",
+        "    sharp, and the loss falls",
+        "  warning: loss-spike of the whole run, from step 10 to 14, recovered",
+    ]
+
+
+def test_what_is_worth_knowing_leaves_a_healthy_run_healthy(
+    diagnostics: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = Finding("benign-collapse", "info", "b.attn", 0, 20)
+    report = Report(run="run", status="healthy", step=99, findings=(known,))
+    assert told(diagnostics, write_run(tmp_path), report, monkeypatch) == [
+        "run: healthy at step 99",
+        "  worth knowing: benign-collapse in b.attn, head 0, since step 20",
+    ]
+
+
+def test_of_many_findings_that_are_over_the_newest_are_named_and_the_rest_counted(
+    diagnostics: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    findings = tuple(
+        Finding("loss-spike", "warning", None, None, step, last_step=step + 2) for step in range(0, 80, 10)
+    )
+    report = Report(run="run", status="healthy", step=99, findings=findings)
+    lines = told(diagnostics, write_run(tmp_path), report, monkeypatch)
+    assert lines[0] == "run: healthy at step 99, after 8 findings that cleared again"
+    assert lines[1] == "  warning: loss-spike of the whole run, from step 70 to 72, recovered"
+    assert lines[6:] == ["  and 3 earlier findings, recovered: loss-spike (3)"]
+
+
+def test_the_advice_names_the_run_in_every_command_and_nowhere_else(
+    diagnostics: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advice = "RUN hard: `diagnostics control RUN stop`, then `diagnostics report RUN --up-to-step 30`"
+    finding = Finding("divergence", "critical", None, None, 5, advice=advice, status="diverged")
+    report = Report(run="run", status="diverged", step=99, findings=(finding,))
+    run = write_run(tmp_path, "my run")
+    lines = told(diagnostics, run, report, monkeypatch)
+    assert (
+        f"    do: RUN hard: `diagnostics control '{run}' stop`, then `diagnostics report '{run}' --up-to-step 30`"
+    ) in lines
+    # The synthetic run is finished: nobody hears the command.
+    assert "no process listens to commands any more" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("forecast", "words"),
+    [
+        ((120.4, 80.0, 200.0, 0.8), "collapse in about 120 steps (80 to 200), 80 % sure: step ~620"),
+        ((1200.0, 800.0, None, 0.9), "collapse in about 1,200 steps (800 or more), 90 % sure: step ~1,700"),
+        ((0.0, 0.0, 3.0, 0.9), "collapse is here by now (0 to 3), 90 % sure"),
+        ((None, None, None, None), "collapse is coming, when cannot be told"),
+    ],
+)
+def test_a_forecast_in_words(forecast: tuple[float | None, ...], words: str) -> None:
+    names = ("steps_to_collapse", "low", "high", "confidence")
+    assert forecast_words(dict(zip(names, forecast, strict=True)), 500) == words
+
+
+NOW = 1_000_000.0
+
+
+@pytest.mark.parametrize(
+    ("info", "sentences"),
+    [
+        ({"state": "finished", "steps": 100}, []),
+        (
+            {"state": "running", "steps": 1432, "last_step_s": NOW - 3.0},
+            ["still running, step 1,431 was 3 s ago"],
+        ),
+        (
+            {"state": "running", "steps": 0, "started_s": NOW - 90.0},
+            ["still running, no step yet, started 2 min ago"],
+        ),
+        (
+            {"state": "stalled", "steps": 100, "heartbeat_s": NOW - 7200.0},
+            ["stalled: step 99, its process was last heard of 2 h ago"],
+        ),
+        (
+            {
+                "state": "crashed",
+                "steps": 100,
+                "ended_s": NOW - 3 * 86400.0,
+                "error": "Traceback\n  KeyError: 3",
+            },
+            ["crashed after step 99, last heard of 3 days ago: KeyError: 3"],
+        ),
+        (
+            {
+                "state": "finished",
+                "steps": 300,
+                "attempts": [
+                    {"attempt": 1, "first_step": 0, "state": "crashed"},
+                    {"attempt": 2, "first_step": 200, "state": "finished"},
+                ],
+            },
+            ["resumed: attempt 2, from step 200 (attempt 1: crashed)"],
+        ),
+        (
+            {
+                "state": "finished",
+                "steps": 9,
+                "faults": [{"where": "b.attn", "error": "KeyError: 3", "trace": ""}],
+            },
+            [
+                "the recorder met 1 fault of its own, what it switched off was not measured: b.attn: KeyError: 3",
+            ],
+        ),
+    ],
+)
+def test_how_a_run_stands_is_said_where_it_did_not_finish_in_one_go(
+    info: dict[str, Any], sentences: list[str]
+) -> None:
+    assert list(state_lines(info, NOW)) == sentences
+
+
+def test_a_run_that_is_still_running_says_so_below_its_verdict(diagnostics: Command, tmp_path: Path) -> None:
+    first, state = diagnostics("report", write_run(tmp_path, state="running")).out.splitlines()
+    assert first == "run: healthy at step 99"
+    assert state.startswith("  state: still running, step 99 was ")

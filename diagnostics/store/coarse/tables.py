@@ -27,6 +27,7 @@ from diagnostics.store.format import (
     SCHEMAS,
     TABLES,
     PartName,
+    scalar_field,
 )
 from diagnostics.store.parts.file import write_part
 
@@ -85,18 +86,15 @@ def coarse_schema(table: str, scalars: Iterable[str] = (), *, resolution: int | 
         )
     ]
     fields += [SCHEMAS[table].field(key) for key in KEYS[table]]
-    for metric in metrics_of(table):
-        raw = SCHEMAS[table].field(metric)
+    for raw in (*map(SCHEMAS[table].field, metrics_of(table)), *map(scalar_field, scalars)):
         metadata = raw.metadata or {}
         fields += _statistics(
-            metric,
+            raw.name,
             raw.type,
             metadata.get(b"unit", b"").decode(),
             metadata.get(b"meaning", b"").decode(),
             span,
         )
-    for scalar in scalars:
-        fields += _statistics(scalar, pa.float64(), "", "user scalar", span)
     return pa.schema(fields)
 
 

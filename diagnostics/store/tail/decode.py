@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from diagnostics.store.format import SCHEMAS
+from diagnostics.store.format import SCHEMAS, scalar_field
 from diagnostics.store.tail.frames import HEADER, MAGIC, NULL_BYTES, PENDING_BYTES, STEP, step_struct
 
 Row = dict[str, Any]
@@ -155,10 +155,10 @@ def steps_table(rows: Sequence[Mapping[str, Any]], scalars: Sequence[str]) -> pa
 
 
 def steps_schema(scalars: Sequence[str]) -> pa.Schema:
-    """Schema of the table `steps` with these scalars of the user's."""
+    """Schema of the table `steps` with these scalars, the recorder's own or the user's."""
     schema = SCHEMAS["steps"]
     for name in scalars:
-        schema = schema.append(pa.field(name, pa.float64(), metadata={"unit": "", "meaning": "user scalar"}))
+        schema = schema.append(scalar_field(name))
     return schema
 
 

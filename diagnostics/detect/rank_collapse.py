@@ -1,0 +1,70 @@
+"""Rank collapse: attention of most heads near uniform, its weights' spectrum in one direction, the loss at the unigram level.
+
+Entropy is HIGH here. Every query asks the same question, so that tokens cannot be told apart and the model learns
+their frequencies only. Known from post-norm stacks without warmup and from too much weight decay (Dong et al.,
+arXiv 2103.03404; Noci et al., arXiv 2206.03126); decided within the first 20 to 60 steps, after which every
+signal is flat: so this rule looks at levels, not at growth.
+"""
+
+import numpy as np
+
+from diagnostics.detect import exact
+from diagnostics.detect.bands import PLAIN
+from diagnostics.detect.block import Values
+from diagnostics.detect.detector import Detector, Words
+from diagnostics.detect.finding import in_words, rounded
+from diagnostics.detect.window import GROWTH_STEPS, Window
+
+LEAST_STEPS = 30
+UNIFORM_FRAC = 0.65
+"""Of the median head: a few heads may be sharp in a stuck model, those of a stuck post-norm stack stand at 0.72."""
+LEVEL_SHARE = 0.4
+"""From ln V to the unigram entropy a loss falls by about a third of itself, to the bigram entropy by nearly a half."""
+ADVICE = (
+    "restart with a warmup, a lower learning rate, less weight decay on Wq and Wk, or norms in front of the blocks; the "
+    "spectral bound helps if armed from the start (`SpectralBound(tau=0.01)`, or `diagnostics control RUN spectral-bound "
+    "--tau 0.01` at step 0); a run that sits here for hundreds of steps seldom gets away by itself"
+)
+
+
+class RankCollapse(Detector):
+    """Mean SEC(1) over heads where attention is near uniform and the loss has stopped near its first level (warning).
+
+    0 where the median head's entropy is below 0.65 of the largest, where the loss falls, or where it has come clearly below its
+    first level; not judged without a loss, before step 30, and until the loss can be compared with 50 steps ago.
+    """
+
+    kind = "rank-collapse"
+    over = "run"
+    needed = 3
+    stay_share = 0.9
+
+    def signal(self, window: Window) -> Values:
+        frac, sec = exact.median(window.now("entropy_frac")), exact.mean(window.now("sec_1"))
+        loss = window.loss
+        with np.errstate(invalid="ignore"):
+            stuck = ~loss.falling & (loss.median >= loss.first - LEVEL_SHARE * np.abs(loss.first))
+            signal = np.where(stuck & (frac >= UNIFORM_FRAC), sec, 0.0)
+        judged = ~np.isnan(frac) & ~np.isnan(sec) & ~np.isnan(loss.change) & (window.age >= LEAST_STEPS)
+        return np.where(judged, signal, np.nan)[:, None]
+
+    def describe(self, window: Window, frame: int, column: int) -> Words:  # noqa: ARG002 - the run has one column
+        sec = float(exact.mean(window.now("sec_1"))[frame])
+        frac = float(exact.median(window.now("entropy_frac"))[frame])
+        loss, first = float(window.loss.median[frame]), float(window.loss.first[frame])
+        evidence = {
+            "mean_sec_1": rounded(sec),
+            "mean_sec_1_healthy": f"below {self.band.of(PLAIN):.2g} while attention is near uniform",
+            "median_entropy_frac": rounded(frac),
+            "median_entropy_frac_healthy": f"below {UNIFORM_FRAC} once the loss has stopped falling",
+            "loss_median": rounded(loss),
+            "loss_first": rounded(first),
+            "loss_median_healthy": f"below {first - LEVEL_SHARE * abs(first):.3g}, or falling",
+            "loss_change": rounded(float(window.loss.change[frame])),
+            "loss_change_steps": GROWTH_STEPS,
+        }
+        message = (
+            f"attention of most heads is near uniform ({in_words(frac)} of the largest entropy) with its spectrum in one direction (mean "
+            f"SEC {in_words(sec)}) while the loss stands at {in_words(loss)}, where it began at {in_words(first)}: rank collapse"
+        )
+        return Words(evidence, message, ADVICE)
