@@ -9,13 +9,15 @@ PEERS_PIP := $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-ch
 # DASHBOARD=0: `make demo` ends after the reports.
 DASHBOARD ?= 1
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench corpus evaluate clean
 
 help:
 	@echo "make demo    train the demonstration runs, print their reports, serve the dashboard (DASHBOARD=0: do not)"
 	@echo "make test    run the tests"
 	@echo "make check   lint, format, types, content of the wheel"
 	@echo "make bench   print what the measurements, the recorder and the store cost, beside other trackers"
+	@echo "make corpus  train what is missing of the corpus, label and pack it (about an hour from nothing on two cores)"
+	@echo "make evaluate  score the detectors on the corpus beside other rules, write the figures into the README"
 	@echo "make clean   remove what the above made, runs excepted"
 
 demo: $(VENV)/.installed
@@ -35,6 +37,15 @@ bench: $(VENV)/.installed-dev $(PEERS)/.installed
 	@set -e; for file in $(filter-out tests/bench/store_%,$(sort $(wildcard tests/bench/*.py))); do \
 		echo "== $$file"; $(BIN)/python "$$file"; done
 
+# Resumable: a run that is finished and whose recipe is the same is left alone. ONLY='gpt-*' chooses, JOBS=1 goes easy.
+corpus: $(VENV)/.installed-corpus
+	$(BIN)/python -m sample_runs.corpus.make --only '$(or $(ONLY),*)' $(if $(JOBS),--jobs $(JOBS))
+
+# From the committed tables, a few minutes. CHECK=1: only say whether the figures are those of the present sources;
+# BANDS=1: fit the bands that ship first.
+evaluate: $(VENV)/.installed
+	$(BIN)/python -m sample_runs.evaluate $(if $(CHECK),--check) $(if $(BANDS),--write-bands)
+
 clean:
 	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find diagnostics app cli tests -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -52,6 +63,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e '.[dev,zoo]'
+	touch $@
+
+$(VENV)/.installed-corpus: $(VENV)/.installed
+	$(PIP) -e '.[corpus]'
 	touch $@
 
 # One after the other: the bench says of a tracker that cannot be installed that it was not measured, and why.

@@ -1,9 +1,9 @@
 """The head that is first to reach the level at which its attention is dead: which, from where, how fast.
 
-A head is dead where it looks at a single key of any context: its largest scaled logit has reached `logit`, or
-its entropy has fallen to the share `entropy_frac` of the largest possible. Both are in the tables, so that
-whether a forecast came true can be read off a run. Trained networks have such heads by design: the levels are
-what a forecast is about, never an alarm.
+A head is dead where it looks at a single key of any context: its largest scaled logit has reached `logit`
+(exp(20) outweighs all other keys), or its entropy has fallen to the share `entropy_frac` of the largest possible;
+the levels of `entropy_collapse.py`. Both are in the tables, so that whether a forecast came true can be read off a
+run. Trained networks have such heads by design: the levels are what a forecast is about, never an alarm.
 """
 
 import math
@@ -43,8 +43,8 @@ class Rule:
     """
 
     logit: float = 20.0
-    entropy_frac: float = 0.2
-    within: float = 3.0
+    entropy_frac: float = 0.3
+    within: float = 2.0
     growth: float = 1.0
     certainty: float = 2.0
     recent: int = 20

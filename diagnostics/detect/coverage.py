@@ -15,6 +15,7 @@ _NEVER = {
     "updates": "no weight updates were observed: update spikes are not judged",
 }
 
+
 class Coverage:
     """Counts frames, and in how many of them each kind of measurement was there."""
 

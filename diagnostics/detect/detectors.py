@@ -5,7 +5,6 @@ from diagnostics.detect.dead_heads import DeadHeads
 from diagnostics.detect.detector import Detector
 from diagnostics.detect.divergence import Divergence
 from diagnostics.detect.entropy_collapse import EntropyCollapse
-from diagnostics.detect.gradient_norm import GradientGrowth
 from diagnostics.detect.learning_rate import LearningRateJump
 from diagnostics.detect.logit_growth import LogitGrowth
 from diagnostics.detect.loss_rise import LossRise
@@ -13,6 +12,7 @@ from diagnostics.detect.loss_spike import LossSpike
 from diagnostics.detect.loss_stall import LossStall, NeverLearned
 from diagnostics.detect.not_attention import NotAttention
 from diagnostics.detect.rank_collapse import RankCollapse
+from diagnostics.detect.saturated_attention import SaturatedAttention
 from diagnostics.detect.second_moment import StaleSecondMoment
 from diagnostics.detect.spectral_concentration import SpectralConcentration
 from diagnostics.detect.update_spike import UpdateSpike
@@ -22,12 +22,12 @@ _ALL: tuple[type[Detector], ...] = (
     SpectralConcentration,
     LogitGrowth,
     RankCollapse,
+    SaturatedAttention,
     BenignCollapse,
     DeadHeads,
     UpdateSpike,
     StaleSecondMoment,
     LearningRateJump,
-    GradientGrowth,
     LossSpike,
     LossRise,
     LossStall,

@@ -172,7 +172,7 @@ class EntropyCollapse(Detector):
         message = (
             f"attention entropy is collapsing in {layer or 'the model'} head {number}: {entropy}, "
             f"largest logit {in_words(at['max_logit'])} after {np.exp(growth):.1f}-fold growth in {steps} steps, "
-            f"SEC {in_words(at['sec_1'])}; {dying} of {known} heads are dying"
+            f"SEC {in_words(at['sec_1'])}; {dying} of {known} heads {'is' if dying == 1 else 'are'} dying"
         )
         return Words(evidence, message, QK_NORM_ADVICE if normed else ADVICE)
 

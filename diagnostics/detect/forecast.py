@@ -2,8 +2,8 @@
 
 The median and the quantiles are those of a first passage (`first_passage.py`) of the soonest head (`approach.py`).
 Taken at their word they are too narrow: slope and noise are estimates from a few points, and growth changes its
-pace. So median and ends are stretched by three factors, fitted by split conformal prediction on the corpus's runs
-and shipped as numbers in `forecast.json` (`python -m sample_runs.evaluate.forecast_coverage` makes it).
+pace. So both ends are moved by one factor, fitted by split conformal prediction on the corpus's runs, the median by another,
+and both shipped as numbers in `forecast.json` (`python -m sample_runs.evaluate.forecast_coverage` makes it).
 """
 
 import json
@@ -37,14 +37,14 @@ class Calibration:
 
     Attributes:
         confidence: share of forecasts whose interval the event falls into.
-        middle: factor on the median; low, high: factors on the quantiles that leave (1 - confidence) / 2 outside.
+        middle: factor on the median.
+        widen: factor on the upper quantile, and what the lower one is divided by.
         rule: what counts as heading there.
     """
 
     confidence: float = 0.8
     middle: float = 1.0
-    low: float = 1.0
-    high: float = 1.0
+    widen: float = 1.0
     rule: Rule = field(default_factory=Rule)
 
     def steps_of(self, approach: Approach) -> tuple[float, float, float]:
@@ -54,8 +54,8 @@ class Calibration:
         """
         tail = (1 - self.confidence) / 2
         middle = stretched(approach.quantile(0.5), self.middle) + approach.gap / 2
-        low = max(0.0, stretched(approach.quantile(tail), self.low))
-        high = stretched(approach.quantile(1 - tail), self.high) + approach.gap
+        low = max(0.0, stretched(approach.quantile(tail), 1 / self.widen))
+        high = stretched(approach.quantile(1 - tail), self.widen) + approach.gap
         return middle, min(low, middle), max(high, middle)
 
 

@@ -1,7 +1,7 @@
-"""Loss spike: three losses in a row far above nearly all of the 64 before them, the sooner if the gradient norm shifts.
+"""Loss spike: five losses in a row far above nearly all of the 64 before them, the sooner if the gradient norm shifts.
 
 A single loss, however high, is often one hard batch; where batches come in kinds (mixup, several tasks) a window's
-mean and deviation say little. Asking the lowest of three to leave the upper tenth of the window needs neither a
+mean and deviation say little. Asking the lowest of five to leave the upper tenth of the window needs neither a
 shape of the noise nor a single outlier to be real. A gradient norm that takes another level at the same time, higher
 or lower, counts as evidence too; alone it tells nothing. The figures on public training logs are in
 `sample_runs/evaluate/real_logs.py`: this notices damage within a few steps, it does not foresee it.
@@ -10,6 +10,7 @@ or lower, counts as evidence too; alone it tells nothing. The figures on public 
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from diagnostics.detect.block import Ints, Values
@@ -18,7 +19,7 @@ from diagnostics.detect.finding import Finding, in_words, rounded
 from diagnostics.detect.per_step import PerStep
 from diagnostics.detect.window import Window
 
-IN_A_ROW = 3
+IN_A_ROW = 5
 USUAL_STEPS = 64
 LEAST_STEPS = 20
 UPPER_SHARE = 0.9
@@ -42,10 +43,10 @@ ADVICE = (
 
 
 class Jumps(NamedTuple):
-    """Steps whose lowest of three losses exceeds the middle of those before, (J,) each.
+    """Steps whose lowest of five losses exceeds the middle of those before, (J,) each.
 
     Attributes:
-        at: index among the losses known; lowest: of the three that end there.
+        at: index among the losses known; lowest: of the five that end there.
         middle, upper, spread: of the losses before those.
         shift: of the gradient norm's level, in its spreads; 0 where it is not known.
         score: spreads above the upper tenth, plus the shift.
@@ -83,7 +84,7 @@ class LossSpike(Detector):
         jumps, worst = _worst(window, frame)
         usual, lowest = float(jumps.middle[worst]), float(jumps.lowest[worst])
         evidence: dict[str, Any] = {
-            "loss_lowest_of_3": rounded(lowest),
+            f"loss_lowest_of_{IN_A_ROW}": rounded(lowest),
             "loss_usual": rounded(usual),
             "loss_usual_upper": rounded(float(jumps.upper[worst])),
             "loss_spread": rounded(float(jumps.spread[worst])),
@@ -105,11 +106,11 @@ def jumps_from(window: Window, first: int) -> Jumps:
     known = window.loss.per_step
     values = known.values
     at = np.arange(max(first, IN_A_ROW - 1 + LEAST_STEPS), len(values))
-    lowest = np.minimum(np.minimum(values[at], values[at - 1]), values[at - 2])
-    before = _before(values, at - IN_A_ROW + 1)
+    lowest = np.min([values[at - back] for back in range(IN_A_ROW)], axis=0)
+    before = _before_each(values, at - IN_A_ROW + 1)
     count = np.minimum(at - IN_A_ROW + 1, USUAL_STEPS)
     # Half of the rest is sorted out by counting: to sort the past of every step would cost more than all else.
-    out = np.flatnonzero((before < lowest[:, None]).sum(axis=1) > _rank(count, 0.5))
+    out = np.flatnonzero(np.count_nonzero(before < lowest[:, None], axis=1) > _rank(count, 0.5))
     at, lowest, ordered, count = at[out], lowest[out], np.sort(before[out], axis=1), count[out]
     middle, upper = _ranked(ordered, count, 0.5), _ranked(ordered, count, UPPER_SHARE)
     floor = np.maximum(SPREAD_FLOOR * np.abs(middle), max(FIRST_FLOOR * _start_level(window), TINY))
@@ -149,6 +150,15 @@ def _before(values: Values, ends: NDArray[np.int64]) -> Values:
         if len(values)
         else np.empty((0, USUAL_STEPS))
     )
+
+
+def _before_each(values: Values, ends: NDArray[np.int64]) -> Values:
+    """The same for indices that follow one another: a view, for it is large."""
+    if not len(ends):
+        return np.empty((0, USUAL_STEPS))
+    first = int(ends[0]) - USUAL_STEPS
+    padded = np.concatenate([np.full(max(0, -first), np.nan), values[max(0, first) : int(ends[-1])]])
+    return sliding_window_view(padded, USUAL_STEPS)
 
 
 def _rank(count: NDArray[np.int64], share: float) -> NDArray[np.int64]:

@@ -1,9 +1,9 @@
 """Not attention: the loss goes wrong while every attention signal is inside its healthy band, so look elsewhere.
 
 Reads nothing but the scores of the other detectors, all of which look before it. The loss goes wrong where one of
-`LOSS_SIDE` is at its edge; where it is the gradients alone, for two frames in a row. Attention is cleared
-where none of `ATTENTION_SIDE` came to half its edge within 100 steps and at least one could be judged within them: what
-was not observed is not cleared.
+`LOSS_SIDE` is at its edge. Attention is cleared where none of
+`ATTENTION_SIDE` came to half its edge within 100 steps and at least one could be judged within them: what was not
+observed is not cleared.
 """
 
 from collections.abc import Mapping
@@ -17,10 +17,14 @@ from diagnostics.detect.detector import Detector, Words
 from diagnostics.detect.finding import Finding, rounded
 from diagnostics.detect.window import Window
 
-ATTENTION_SIDE = ("entropy-collapse", "spectral-concentration", "logit-growth", "rank-collapse")
-LOSSES = ("loss-spike", "loss-rise", "divergence", "never-learned")
-GRADIENTS = ("gradient-growth",)
-LOSS_SIDE = (*LOSSES, *GRADIENTS)
+ATTENTION_SIDE = (
+    "entropy-collapse",
+    "spectral-concentration",
+    "logit-growth",
+    "rank-collapse",
+    "saturated-attention",
+)
+LOSS_SIDE = ("loss-spike", "loss-rise", "divergence", "never-learned")
 SUSPECTS = {
     "update-spike": "the updates of single matrices",
     "stale-second-moment": "the optimizer's second moment",
@@ -43,15 +47,12 @@ class NotAttention(Detector):
     def __init__(self, band: Band) -> None:
         super().__init__(band)
         self._last = dict.fromkeys(("stirred", "judged", *SUSPECTS), _LONG_AGO)
-        self._was_wrong = False
 
     def signal(self, window: Window) -> Values:
         judged = self._within(window, "judged", ATTENTION_SIDE, 0.0)
         stirred = self._within(window, "stirred", ATTENTION_SIDE, QUIET_SCORE)
         wrong = _any_from(window, LOSS_SIDE, 1.0)
-        before = np.concatenate([[self._was_wrong], wrong[:-1]])
-        lasts = _any_from(window, LOSSES, 1.0) | (wrong & before)
-        return np.where(judged, (lasts & ~stirred).astype(np.float64), np.nan)[:, None]
+        return np.where(judged, (wrong & ~stirred).astype(np.float64), np.nan)[:, None]
 
     def _steps_of_last(self, window: Window, name: str, kinds: tuple[str, ...], least: float) -> Ints:
         """(F,) the newest step at which one of the detectors had at least that score."""
@@ -69,7 +70,7 @@ class NotAttention(Detector):
         }
         looked_at |= {name: ((name,), 1.0) for name in SUSPECTS}
         last = {name: int(self._steps_of_last(window, name, *at)[-1]) for name, at in looked_at.items()}
-        self._last, self._was_wrong = last, bool(_any_from(window, LOSS_SIDE, 1.0)[-1])
+        self._last = last
         return raised
 
     def describe(self, window: Window, frame: int, column: int) -> Words:  # noqa: ARG002 - the run has one column
@@ -82,7 +83,7 @@ class NotAttention(Detector):
             evidence[f"{kind}_score_healthy"] = (
                 f"below {QUIET_SCORE} of its alarm's edge for {QUIET_STEPS} steps"
             )
-        message = f"training goes wrong ({', '.join(wrong)}) while attention is inside its healthy band"
+        message = f"the loss goes wrong ({', '.join(wrong)}) while attention is inside its healthy band"
         if suspects:
             message += f"; what left its band is {' and '.join(SUSPECTS[name] for name in suspects)}"
         advice = (
@@ -92,12 +93,11 @@ class NotAttention(Detector):
         return Words(evidence, message, f"{advice}; a bound on attention would not help here")
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "last": dict(self._last), "was_wrong": self._was_wrong}
+        return {**super().state_dict(), "last": dict(self._last)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self._last = {name: int(step) for name, step in state["last"].items()}
-        self._was_wrong = bool(state["was_wrong"])
 
 
 def _any_from(window: Window, kinds: tuple[str, ...], least: float) -> Bools:

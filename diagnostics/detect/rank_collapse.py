@@ -15,7 +15,6 @@ from diagnostics.detect.detector import Detector, Words
 from diagnostics.detect.finding import in_words, rounded
 from diagnostics.detect.window import GROWTH_STEPS, Window
 
-LEAST_STEPS = 30
 UNIFORM_FRAC = 0.65
 """Of the median head: a few heads may be sharp in a stuck model, those of a stuck post-norm stack stand at 0.72."""
 LEVEL_SHARE = 0.4
@@ -31,7 +30,7 @@ class RankCollapse(Detector):
     """Mean SEC(1) over heads where attention is near uniform and the loss has stopped near its first level (warning).
 
     0 where the median head's entropy is below 0.65 of the largest, where the loss falls, or where it has come clearly below its
-    first level; not judged without a loss, before step 30, and until the loss can be compared with 50 steps ago.
+    first level; not judged without a loss, nor before the loss can be compared with 50 steps ago.
     """
 
     kind = "rank-collapse"
@@ -45,7 +44,7 @@ class RankCollapse(Detector):
         with np.errstate(invalid="ignore"):
             stuck = ~loss.falling & (loss.median >= loss.first - LEVEL_SHARE * np.abs(loss.first))
             signal = np.where(stuck & (frac >= UNIFORM_FRAC), sec, 0.0)
-        judged = ~np.isnan(frac) & ~np.isnan(sec) & ~np.isnan(loss.change) & (window.age >= LEAST_STEPS)
+        judged = ~np.isnan(frac) & ~np.isnan(sec) & ~np.isnan(loss.change)
         return np.where(judged, signal, np.nan)[:, None]
 
     def describe(self, window: Window, frame: int, column: int) -> Words:  # noqa: ARG002 - the run has one column

@@ -4,7 +4,9 @@ Source: arXiv 2505.21910 (fast growth of sigma1(Wq^T Wk) and of SEC is the precu
 The level of SEC does not separate: heads of healthy small models reach 0.96, their mean 0.8. The growth of sigma1
 does, where the energy is concentrated or concentrates fast and the loss does not clearly fall.
 
-With QK-norm the weights' spectrum does not bound the logits: those sites have a band of their own.
+By itself the growth says little in a young run: weights that start small multiply whatever becomes of them. So it
+counts no further than the largest logit of the run has grown with it. With QK-norm the weights' spectrum does not bound
+the logits: those sites follow their own head's logits, and have a band of their own.
 """
 
 import numpy as np
@@ -23,6 +25,8 @@ SIGMA_FLOOR = 0.02
 RISE_STEPS = 30
 FAST_RISE = 0.35
 """Rise of SEC(1) within 30 steps, of the mean over heads or of one head; means of healthy arms stayed below 0.28."""
+LOGIT_FLOOR = 3.0
+"""sigma1 counts as far as logits follow it, from here on: weights that start small grow a hundredfold unharmed."""
 HIGH_MEAN_SEC = 0.6
 HIGH_SEC = 0.9
 ADVICE = (
@@ -55,6 +59,7 @@ class SpectralConcentration(Detector):
             early = ~np.isnan(window.loss.median) & np.isnan(window.loss.change)
             of_one = (sec >= HIGH_SEC) & (rise >= FAST_RISE) & ~early[:, None]
         concentrated = (of_all[:, None] | of_one) & ~window.loss.falling[:, None]
+        growth = np.where(np.isnan(growth), np.nan, np.fmin(growth, _followed(window)))
         counted = np.where(concentrated, np.maximum(growth, 0.0), 0.0)
         return np.where(np.isnan(growth) | np.isnan(sec), np.nan, counted)
 
@@ -89,9 +94,12 @@ class SpectralConcentration(Detector):
         return Words(evidence, message, QK_NORM_ADVICE if normed else ADVICE)
 
 
+def _followed(window: Window) -> Values:
+    """(F, H) growth of the logits: the largest of the run, with QK-norm the head's own; NaN where none was observed."""
+    own = np.maximum(burst(window, "max_logit", LOGIT_FLOOR), 0.0)
+    return np.where(window.flag(QK_NORM), own, exact.largest(own)[:, None])
+
+
 def _rise(window: Window) -> Values:
-    """(F, H) rise of SEC(1) within 30 steps; where frames lie further apart, since the last one, scaled down to it."""
-    here = np.arange(len(window.all_steps) - len(window), len(window.all_steps))
-    since_last = window.steps - window.all_steps[np.maximum(here - 1, 0)]
-    scale = np.minimum(1.0, RISE_STEPS / np.maximum(since_last, 1))
-    return np.asarray((window.now("sec_1") - window.ago("sec_1", RISE_STEPS)) * scale[:, None])
+    """(F, H) rise of SEC(1) within 30 steps, or since the last frame where that is longer ago."""
+    return np.asarray(window.now("sec_1") - window.ago("sec_1", RISE_STEPS))

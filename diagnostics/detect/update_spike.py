@@ -1,11 +1,12 @@
 """Update spike: a matrix's update is suddenly several times as large, beside the matrix, as it used to be.
 
-The signal is the ratio sigma1(dW) / sigma1(W) over the median of its own 8 measurements that are at least two
-measurements old: the two that an alarm needs must not be their own yardstick. The level says little (0.05 to 0.2 in
-healthy runs before step 100, 25 at step 0 where W starts at zero); the jump is often the only warning of an abrupt
-failure, and the main source of false ones. Hence what does not count: the first 30 steps, jumps below 2, ratios below
-1e-3, whatever happens while the loss clearly falls, and the share of a jump that the schedule explains (an update is
-proportional to the learning rate: where that has risen, the yardsticks from before are raised with it).
+The signal is the ratio sigma1(dW) / sigma1(W), the lowest within 15 steps, over the median of its own 8 measurements
+before (`yardstick.py`). The level says little (0.05 to 0.2 in healthy runs before step 100, 25 at step 0 where W starts
+at zero); the jump is often the only warning of an abrupt failure, and the main source of false ones. Hence what does
+not count: the first 30 steps, jumps below 2, ratios below 1e-3, whatever happens while the loss clearly falls, and the
+share of a jump that the schedule explains (an update is proportional to the learning rate: where that has risen, the
+yardsticks from before are raised with it). A jump that the median matrix makes too is the optimizer's (moments lost, a
+loss scaled anew) and mostly heals: it counts for a quarter, the excess over the median in full.
 
 Blind spots: the rate is that of the first parameter group; a matrix that did not move (ratio 0: frozen, or a step that
 was skipped) has no yardstick, so the first measurements after it was thawed are not judged.
@@ -23,14 +24,15 @@ from diagnostics.detect.block import Values
 from diagnostics.detect.detector import Detector, Words
 from diagnostics.detect.finding import Finding, in_words, rounded
 from diagnostics.detect.window import Window
+from diagnostics.detect.yardstick import LEAST_KNOWN, PAST, REACH, Lookback, began, with_past
 
-PAST = 8
-BACK = 2
-LEAST_KNOWN = 4
 LEAST_RATIO = 1e-3
 LEAST_JUMP = 2.0
 LEAST_AGE = 30
-_REACH = PAST + BACK - 1
+FEWEST = 4
+"""Matrices of which one can be told apart from the others."""
+COMMON_SHARE = 0.25
+"""What a jump counts for that all matrices make alike."""
 ADVICE = (
     "`diagnostics control RUN spectral-bound --tau 0.01` keeps every update below 1 % of its matrix; look at the "
     "batches of these steps, clip gradients; if the loss follows the jump, go back to a checkpoint from before it and "
@@ -47,51 +49,65 @@ class UpdateSpike(Detector):
 
     def __init__(self, band: Band) -> None:
         super().__init__(band)
-        self._rates = [np.nan] * _REACH
+        self._rates = [np.nan] * REACH
         """Learning rates at the frames before the window's, oldest first."""
+        self._commons = [1.0] * PAST
+        """Jumps of the median matrix there."""
 
     def signal(self, window: Window) -> Values:
-        now, past, risen = window.now("ratio"), self._past(window), self._rises(window)
-        frames = len(window)
-        counts = (now >= LEAST_RATIO) & ((window.age >= LEAST_AGE) & ~window.loss.falling)[:, None]
+        jump, commons = self._jumps(window)
+        # While a jump of all heals, some matrices are later than others: for them it is still the jump of all.
+        lately = np.max([commons[at : at + len(window)] for at in range(PAST + 1)], axis=0)
+        return np.asarray(np.maximum(jump / lately[:, None], COMMON_SHARE * jump))
+
+    def _jumps(self, window: Window) -> tuple[Values, Values]:
+        """(F, P) how far every matrix jumped; (PAST + F,) how far the median one did, at frames before as well."""
+        now, back, ratios = window.now("ratio"), Lookback.of(window), self._ratios(window)
+        lowest, risen = back.lowest(ratios), self._rises(window, back)
+        counts = (now >= LEAST_RATIO) & (lowest >= LEAST_RATIO)
+        counts &= ((window.age >= LEAST_AGE) & ~window.loss.falling)[:, None]
         known, exceeded = (np.zeros(now.shape, dtype=np.int64) for _ in range(2))
-        for back in range(PAST):
-            usual = past[back : back + frames] * risen[:, back : back + 1]
+        for at in range(PAST):
+            usual = ratios[back.past[:, at]] * risen[:, at : at + 1]
             known += usual > 0.0
-            exceeded += now >= LEAST_JUMP * usual
+            exceeded += lowest >= LEAST_JUMP * usual
         judged = np.isfinite(now) & (known >= LEAST_KNOWN)
         # Sorting is dear: a median can be exceeded only where half of its values are.
-        rows, columns = np.nonzero(judged & counts & (2 * exceeded >= known))
-        usual = exact.median(past[rows[:, None] + np.arange(PAST), columns[:, None]] * risen[rows])
+        frames, columns = np.nonzero(judged & counts & (2 * exceeded >= known))
+        usual = exact.median(ratios[back.past[frames], columns[:, None]] * risen[frames])
         jump = np.where(judged, 0.0, np.nan)
-        jump[rows, columns] = now[rows, columns] / usual
-        return np.where(jump < LEAST_JUMP, 0.0, jump)
+        jump[frames, columns] = lowest[frames, columns] / usual
+        jump = np.where(jump < LEAST_JUMP, 0.0, jump)
+        common = np.where(judged.sum(axis=1) >= FEWEST, np.fmax(exact.median(jump), 1.0), 1.0)
+        return jump, np.concatenate([self._commons, common])
 
     @staticmethod
-    def _past(window: Window) -> Values:
-        """The ratios held, from `_REACH` frames before the first new one on; NaN where a matrix did not move."""
-        ratios = window.columns["ratio"]
-        first = len(ratios) - len(window) - _REACH
-        before = np.full((max(0, -first), ratios.shape[1]), np.nan)
-        held = ratios[max(0, first) :]
-        return np.concatenate([before, np.where((held > 0.0) & (held < np.inf), held, np.nan)])
+    def _ratios(window: Window) -> Values:
+        """(REACH + F, P): the ratios with those before; NaN where a matrix did not move."""
+        held = with_past(window.columns["ratio"], window)
+        return np.where((held > 0.0) & (held < np.inf), held, np.nan)
 
-    def _rises(self, window: Window) -> Values:
-        """(F, PAST) how far the learning rate has risen since each frame before; 1 where it fell or is not known."""
+    def _rises(self, window: Window, back: Lookback) -> Values:
+        """(F, PAST) how far the learning rate has risen since each frame of the past; 1 where it fell or is not known."""
         rates = np.concatenate([self._rates, window.lr.last()])
-        before = rates[np.arange(len(window))[:, None] + np.arange(PAST)]
+        before = rates[back.past]
         with np.errstate(invalid="ignore", over="ignore"):
-            risen = rates[_REACH:, None] / np.where(before > 0.0, before, np.nan)
+            risen = rates[back.here, None] / np.where(before > 0.0, before, np.nan)
         return np.asarray(np.fmax(risen, 1.0))
 
     def feed(self, window: Window) -> list[Finding]:
         raised = super().feed(window)
-        self._rates = [*self._rates, *window.lr.last()[-_REACH:].tolist()][-_REACH:]
+        self._commons = self._jumps(window)[1][-PAST:].tolist()
+        self._rates = [*self._rates, *window.lr.last()[-REACH:].tolist()][-REACH:]
         return raised
 
+    def _finding(self, window: Window, frame: int, column: int, *, first_step: int, step: int) -> Finding:
+        first_step = began(window, first_step, step)
+        return super()._finding(window, frame, column, first_step=first_step, step=step)
+
     def describe(self, window: Window, frame: int, column: int) -> Words:
-        ratio = float(window.now("ratio")[frame, column])
-        jumps = self.signal(window)[frame]
+        ratio = float(Lookback.of(window).lowest(self._ratios(window))[frame, column])
+        jumps, counted = self._jumps(window)[0][frame], self.signal(window)[frame]
         usual = ratio / float(jumps[column])
         name = window.parameters[column]
         evidence = {
@@ -99,8 +115,9 @@ class UpdateSpike(Detector):
             "ratio": rounded(ratio),
             "ratio_healthy": f"about {in_words(usual)}, the median of its measurements before",
             "jump": rounded(jumps[column]),
-            "jump_healthy": below(self.band, self.band.of(PLAIN), in_words),
-            "matrices_spiking": int((jumps >= self.band.of(PLAIN)).sum()),
+            "jump_beyond_the_others": rounded(counted[column]),
+            "jump_beyond_the_others_healthy": below(self.band, self.band.of(PLAIN), in_words),
+            "matrices_spiking": int((counted >= self.band.of(PLAIN)).sum()),
             "matrices": len(window.parameters),
             "lr": float(window.lr.last()[frame]) if np.isfinite(window.lr.last()[frame]) else None,
         }
@@ -111,8 +128,8 @@ class UpdateSpike(Detector):
         return Words(evidence, message, ADVICE)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "rates": list(self._rates)}
+        return {**super().state_dict(), "rates": list(self._rates), "commons": list(self._commons)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._rates = list(state["rates"])
+        self._rates, self._commons = list(state["rates"]), list(state["commons"])

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sample_runs.corpus.labels import Label, Reference, final_loss, label_of, margin, reference_of, smooth
+from sample_runs.corpus.labels import (
+    Label,
+    Reference,
+    final_loss,
+    label_of,
+    margin,
+    reference_of,
+    scatter,
+    smooth,
+)
 
 CHANCE = 3.2
 LEARNED = 1.2
@@ -54,7 +63,7 @@ def test_a_rise_that_lasts_is_a_crash_dated_at_its_first_loss_above_the_level() 
     losses = SOUND.copy()
     losses[250:] = 3.0
     # The margin is 0.3: a quarter of 1.2, and less than half of what was learned.
-    assert margin(LEARNED, CHANCE) == pytest.approx(0.3)
+    assert margin(LEARNED, CHANCE, 0.0) == pytest.approx(0.3)
     found = judged(losses)
     assert (found.label, found.onset_step, found.recovered_step) == ("crash", 250, None)
 
@@ -149,8 +158,8 @@ def test_a_high_start_is_no_excursion() -> None:
 
 def test_where_chance_is_high_losing_half_of_what_was_learned_is_enough() -> None:
     # A quarter of 2.8 lies above chance.
-    assert margin(2.8, 3.4) == pytest.approx(0.3)
-    assert margin(2.2, 3.2) == pytest.approx(0.5)
+    assert margin(2.8, 3.4, 0.0) == pytest.approx(0.3)
+    assert margin(2.2, 3.2, 0.0) == pytest.approx(0.5)
     losses = curve((0, 4.0), (100, 2.2), (200, 2.2), (201, 2.71), (400, 2.71))
     found = label_of(losses, chance=3.2, reference=Reference(2.2, 50))
     assert (found.label, found.onset_step) == ("crash", 201)
@@ -162,7 +171,37 @@ def test_a_loss_that_wanders_at_chance_does_not_crash() -> None:
 
 
 def test_the_margin_is_at_least_three_tenths_of_a_nat() -> None:
-    assert margin(3.19, CHANCE) == margin(0.01, CHANCE) == margin(4.0, CHANCE) == 0.3
+    assert margin(3.19, CHANCE, 0.0) == margin(0.01, CHANCE, 0.0) == margin(4.0, CHANCE, 0.0) == 0.3
+
+
+def test_a_noisy_loss_has_a_margin_that_its_noise_does_not_pass() -> None:
+    noise = np.random.default_rng(2).normal(0, 0.25, 2000)
+    losses = np.concatenate([np.linspace(3.2, 1.2, 100), np.full(1900, 1.2)]) + noise
+    assert scatter(losses) == pytest.approx(0.25, rel=0.15)
+    assert margin(1.2, CHANCE, 0.25) == pytest.approx(0.575)
+    assert judged(losses).label == "healthy"
+
+
+def test_the_scatter_is_of_the_time_before_the_loss_was_lost() -> None:
+    losses = SOUND.copy()
+    losses[150:] = 10.0 + 5.0 * np.random.default_rng(3).normal(size=STEPS - 150)
+    # The drawn line falls by 0.036 a step: that is all there is.
+    assert scatter(losses) < 0.04
+    assert judged(losses).onset_step == 150
+
+
+def test_a_single_high_loss_just_before_a_crash_does_not_date_it() -> None:
+    losses = SOUND.copy()
+    losses[245] = 3.0
+    losses[250:] = 3.0
+    assert judged(losses).onset_step == 250
+
+
+def test_a_single_low_loss_within_the_rise_does_not_date_it_either() -> None:
+    losses = SOUND.copy()
+    losses[250:] = 3.0
+    losses[254] = 1.0
+    assert judged(losses).onset_step == 250
 
 
 def test_smooth_is_the_median_of_the_last_eleven() -> None:

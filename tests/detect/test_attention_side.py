@@ -185,6 +185,42 @@ def test_sink_heads_that_were_sharp_from_the_start_are_none(loss: Callable[[int]
     assert judged(sinks, 600) == []
 
 
+def test_sink_heads_whose_logits_drift_are_none() -> None:
+    """By half in 200 steps: they were what they are when the run began."""
+
+    def drifting(step: int) -> dict[str, Any]:
+        values = {
+            "entropy_frac": 0.03,
+            "rank_frac": 0.05,
+            "max_logit": 40.0 * 1.5 ** (step / 200),
+            "sec_1": 0.99,
+        }
+        return calm(step) | values
+
+    assert judged(drifting, 600) == []
+
+
+def test_heads_that_sharpened_under_a_falling_loss_are_none_when_it_levels_off() -> None:
+    def levelled(step: int) -> dict[str, Any]:
+        told = calm(step) | dying(ramp(step, 0, 250))
+        return told | {"loss": falling(min(step, 250))}
+
+    assert judged(levelled, 600) == []
+
+
+def test_sink_heads_that_formed_under_a_noisy_loss_are_none_after_it_levels_off() -> None:
+    """The noise hides that the loss still falls, but no logit grows any more."""
+
+    def formed(step: int) -> dict[str, Any]:
+        noise = float(np.random.default_rng(step).normal(0, 0.15))
+        told = calm(step) | {"loss": 2.2 + 3.5 * np.exp(-step / 60) + 0.3 * np.exp(-step / 800) + noise}
+        for head in range(5):
+            told = in_one(told, HEADS, head, **dying(ramp(step, 50, 350), 60.0))
+        return told
+
+    assert judged(formed, 600, every=1) == []
+
+
 def sharpening(step: int) -> dict[str, Any]:
     """All heads, from nothing to logits of 100 within 500 steps."""
     done = ramp(step, 0, 500)
@@ -293,6 +329,10 @@ def test_a_sharp_head_of_high_rank_is_benign_and_no_alarm() -> None:
     assert finding.evidence["heads_sharp"] == 1
 
 
+def test_a_map_of_high_rank_that_is_not_sharp_is_no_finding() -> None:
+    assert judged(lambda step: calm(step) | {"rank_frac": 0.9}) == []
+
+
 def concentrating(step: int, loss: Callable[[int], float] = flat) -> dict[str, Any]:
     """Every head's spectrum collapses into one direction within 30 steps, before attention shows anything."""
     done = ramp(step, 100, 130)
@@ -335,6 +375,14 @@ def test_one_head_of_144_concentrating_is_named() -> None:
 
     (finding,) = judged(course, heads=BIG)
     assert (finding.kind, finding.head) == ("spectral-concentration", BIG[WORST][1])
+
+
+def test_one_head_alone_says_nothing_in_the_first_50_steps_of_a_loss() -> None:
+    def course(step: int) -> dict[str, Any]:
+        done = ramp(step, 10, 40)
+        return in_one(calm(step), BIG, WORST, sec_1=0.4 + 0.55 * done, sigma1=12**done)
+
+    assert judged(course, 60, every=5, heads=BIG) == []
 
 
 def test_with_qk_norm_sigma1_has_a_band_of_its_own() -> None:
@@ -393,7 +441,7 @@ def test_uniform_attention_with_one_direction_at_the_unigram_loss_is_rank_collap
 @pytest.mark.parametrize(
     "course",
     [
-        lambda step: uniform(step) | {"loss": falling(step)},
+        lambda step: uniform(step) | {"loss": falling(step), "sec_1": 0.9},
         lambda step: uniform(step) | {"loss": 4.6 - 2.6 * ramp(step, 0, 40)},
         lambda step: uniform(step) | {"entropy_frac": 0.5},
         lambda step: uniform(step) | {"sec_1": 0.5},

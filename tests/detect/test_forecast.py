@@ -136,11 +136,11 @@ def test_beyond_the_horizon_is_null() -> None:
 def test_the_calibration_widens_the_interval() -> None:
     window = window_on(run(80, growing(0.03)))
     middle, low, high = numbers(forecast(window, PLAIN))
-    wider = Calibration(low=0.5, high=3.0, rule=RULE)
+    wider = Calibration(widen=2.0, rule=RULE)
     assert numbers(forecast(window, wider))[0] == middle
     # As if five steps had gone before; the upper end has the gap of 5 to the next measured step besides.
     assert numbers(forecast(window, wider))[1] == pytest.approx((low + 5) / 2 - 5, abs=1)
-    assert numbers(forecast(window, wider))[2] == pytest.approx(3 * (high - 5 + 5) - 5 + 5, abs=4)
+    assert numbers(forecast(window, wider))[2] == pytest.approx(2 * (high - 5 + 5) - 5 + 5, abs=3)
 
 
 def test_points_that_were_not_measured_do_not_hide_the_growth() -> None:
@@ -213,7 +213,7 @@ def test_the_medians_of_brownian_heads_split_the_arrivals_in_half() -> None:
 def test_the_shipped_calibration_says_80_percent_and_names_its_levels() -> None:
     shipped = shipped_calibration()
     assert shipped.confidence == 0.8
-    assert shipped.low <= 1.0 <= shipped.high
+    assert 0.5 < shipped.widen < 8.0
     assert shipped.rule.logit > 1.0
     assert 0.0 < shipped.rule.entropy_frac < 1.0
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from diagnostics.detect.bands import Band, shipped_bands
+from diagnostics.detect.bands import Band
 from diagnostics.detect.block import Block
 from diagnostics.detect.dead_heads import DeadHeads
 from diagnostics.detect.detector import Detector
@@ -33,7 +33,9 @@ KINDS: tuple[type[Detector], ...] = (
     NotAttention,
 )
 HEADS = (("blocks.0.attn", 0), ("blocks.0.attn", 1))
-MATRICES = ("blocks.0.attn.key.weight", "blocks.0.attn.query.weight")
+MATRICES = tuple(f"blocks.{block}.attn.{name}.weight" for block in range(3) for name in ("key", "query"))
+EDGES = {"update-spike": 3.0, "stale-second-moment": 2.3, "learning-rate-jump": 3.0}
+"""Of our own, so that these tests hold whatever the corpus says of the shipped ones."""
 Scores = Mapping[str, Array]
 
 
@@ -51,6 +53,8 @@ def run_of(
 ) -> Block:
     """A run's frames; per-step arrays of length `steps`, per-frame ones of one row per measured step.
 
+    `ratio` has a column for each of the run's matrices.
+
     Steps after the last measured one make a frame of their own in which nothing was measured.
     """
     every_step = np.arange(begin, begin + steps)
@@ -65,6 +69,7 @@ def run_of(
 
     closes = np.append(ends, steps) if trailing else ends
     given = losses if losses is not None else np.full(steps, 3.0)
+    matrices = () if ratio is None else MATRICES[: ratio.shape[1]]
     scalars = {"lr": lr, "adam_rms": rms}
     heads = dict(attention or {})
     return Block(
@@ -77,8 +82,8 @@ def run_of(
         heads=HEADS if heads or sigma1 is not None else (),
         attention={name: rows(values, len(HEADS)) for name, values in heads.items()},
         spectra={} if sigma1 is None else {"sigma1": rows(sigma1, len(HEADS))},
-        parameters=MATRICES if ratio is not None else (),
-        updates={} if ratio is None else {"ratio": rows(ratio, len(MATRICES))},
+        parameters=matrices,
+        updates={} if ratio is None else {"ratio": rows(ratio, len(matrices))},
     )
 
 
@@ -96,7 +101,7 @@ def told(
     band: Band | None = None,
 ) -> tuple[list[Finding], Array]:
     """Findings and scores of one detector; `others`: what the detectors before it said at each frame."""
-    by = band or shipped_bands()[kind.kind]
+    by = band or Band({"plain": EDGES.get(kind.kind, 1.0)})
     history, detector = History(), kind(by)
     scores = []
     for first, last in pairwise([0, *sorted({*cuts} - {0, len(block)}), len(block)]):
@@ -119,33 +124,122 @@ def findings(kind: type[Detector], block: Block, others: Scores | None = None) -
 # ---- update spike
 
 
-def ratios(steps: int, every: int = 5, *, usual: float = 5e-3, seed: int = 0) -> Array:
-    """(F, 2) ratios of a healthy run: lognormal about their level."""
-    return usual * np.random.default_rng(seed).lognormal(0, 0.25, (len(measured(steps, every)), 2))
+def ratios(
+    steps: int, every: int = 5, *, usual: float = 5e-3, seed: int = 0, matrices: int = 2, spread: float = 0.25
+) -> Array:
+    """(F, matrices) ratios of a healthy run: lognormal about their level."""
+    shape = (len(measured(steps, every)), matrices)
+    return usual * np.random.default_rng(seed).lognormal(0, spread, shape)
 
 
-@pytest.mark.parametrize("every", [1, 5, 50])
-def test_an_update_far_above_its_own_band_two_measurements_in_a_row_is_told_at_the_second(every: int) -> None:
-    steps = 40 * every
-    ratio = ratios(steps, every)
+LASTING = {1: 15, 2: 8, 5: 3, 10: 2, 50: 1}
+"""Measurements after the first high one until two in a row were high for 15 steps, by their distance in steps."""
+
+
+@pytest.mark.parametrize("every", LASTING)
+def test_an_update_far_above_its_own_band_is_told_once_two_measurements_and_fifteen_steps_say_so(
+    every: int,
+) -> None:
+    ratio = ratios(60 * every, every)
     at = 36  # frames; step 30 lies behind even with every=1
-    ratio[at : at + 4, 1] *= 12
-    (finding,) = findings(UpdateSpike, run_of(steps, every=every, ratio=ratio))
+    ratio[at : at + 20, 1] *= 12
+    (finding,) = findings(UpdateSpike, run_of(60 * every, every=every, ratio=ratio))
     assert (finding.kind, finding.severity, finding.status) == ("update-spike", "warning", "at-risk")
-    assert (finding.first_step, finding.raised_step) == (at * every, (at + 1) * every)
+    raised = at + LASTING[every]
+    assert (finding.first_step, finding.raised_step) == (at * every, raised * every)
     assert finding.layer == "blocks.0.attn.query"
     assert finding.evidence["parameter"] == MATRICES[1]
-    jump = ratio[at + 1, 1] / np.median(ratio[at - 8 : at, 1])
-    assert finding.evidence["jump"] == pytest.approx(jump, abs=1e-4)
+    within = ratio[at + 1 : raised + 1, 1]
+    assert finding.evidence["jump"] == pytest.approx(
+        within.min() / np.median(ratio[at - 8 : at, 1]), abs=1e-4
+    )
+    assert finding.evidence["jump_beyond_the_others"] == finding.evidence["jump"]
+    assert (finding.evidence["matrices_spiking"], finding.evidence["matrices"]) == (1, 2)
     assert "spectral-bound --tau 0.01" in finding.advice
 
 
-def test_one_odd_update_heals_by_itself() -> None:
-    ratio = ratios(500)
-    ratio[50] *= 100
-    block = run_of(500, ratio=ratio)
+def test_one_bad_batch_that_the_momentum_carries_on_is_no_spike() -> None:
+    ratio, rms = np.full((200, 2), 5e-3), np.ones(200)
+    ratio[100:] *= 1 + 20 * 0.9 ** np.arange(100)[:, None]
+    rms[100:] += 20 * 0.8 ** np.arange(100)
+    block = run_of(200, every=1, ratio=ratio, rms=rms)
+    # Far above both edges for more than ten steps in a row.
+    assert (ratio[100:112] > 3.0 * 2 * 5e-3).all()
+    assert (rms[100:111] > 2.3).all()
     assert findings(UpdateSpike, block) == []
-    assert told(UpdateSpike, block)[1][50] > 1.0
+    assert findings(StaleSecondMoment, block) == []
+
+
+@pytest.mark.parametrize("every", [5, 50])
+def test_one_odd_update_heals_by_itself(every: int) -> None:
+    ratio = ratios(100 * every, every)
+    ratio[50] *= 100
+    found, scores = told(UpdateSpike, run_of(100 * every, every=every, ratio=ratio))
+    assert found == []
+    # Where measurements lie further apart than 15 steps, it is the next one alone that says so.
+    assert (scores[50] > 1.0) == (every == 50)
+
+
+def test_a_jump_of_one_matrix_among_others_counts_in_full() -> None:
+    ratio = ratios(500, matrices=5, spread=0.05)
+    ratio[50:60, 3] *= 12
+    (finding,) = findings(UpdateSpike, run_of(500, ratio=ratio))
+    assert finding.evidence["parameter"] == MATRICES[3]
+    assert finding.evidence["jump_beyond_the_others"] == finding.evidence["jump"]
+    assert finding.evidence["jump"] == pytest.approx(12, rel=0.2)
+
+
+@pytest.mark.parametrize(("matrices", "share"), [(3, 1.0), (4, 0.25), (6, 0.25)])
+def test_a_jump_that_the_median_matrix_makes_too_counts_for_a_quarter(matrices: int, share: float) -> None:
+    ratio = np.full((100, matrices), 5e-3)
+    ratio[50:60] *= 10
+    scores = told(UpdateSpike, run_of(500, ratio=ratio), band=Band({"plain": 1.0}))[1]
+    # In the first two of the ten it has not lasted for 15 steps yet.
+    assert scores[49:53] == pytest.approx([0.0, 0.0, 10 * share, 10 * share])
+    assert bool(findings(UpdateSpike, run_of(500, ratio=ratio))) == (10 * share > 3.0)
+
+
+def test_a_large_jump_of_all_matrices_is_told_all_the_same() -> None:
+    ratio = np.full((100, 6), 5e-3)
+    ratio[50:60] *= 20
+    (finding,) = findings(UpdateSpike, run_of(500, ratio=ratio))
+    assert (finding.evidence["jump"], finding.evidence["jump_beyond_the_others"]) == (20.0, 5.0)
+    assert finding.evidence["jump_beyond_the_others_healthy"] == "below 3"
+    assert (finding.evidence["matrices_spiking"], finding.evidence["matrices"]) == (6, 6)
+
+
+def test_the_excess_over_the_jump_of_all_counts_in_full() -> None:
+    ratio = np.full((100, 6), 5e-3)
+    ratio[50:60] *= 2.5
+    assert findings(UpdateSpike, run_of(500, ratio=ratio)) == []
+    ratio[50:60, 4] *= 8
+    (finding,) = findings(UpdateSpike, run_of(500, ratio=ratio))
+    assert finding.evidence["parameter"] == MATRICES[4]
+    assert (finding.evidence["jump"], finding.evidence["jump_beyond_the_others"]) == (20.0, 8.0)
+    assert finding.evidence["matrices_spiking"] == 1
+
+
+def test_a_matrix_that_was_not_judged_is_none_of_the_others() -> None:
+    ratio = np.full((100, 4), 5e-3)
+    ratio[50:60] *= 10
+    ratio[:, 0] = np.nan
+    scores = told(UpdateSpike, run_of(500, ratio=ratio), band=Band({"plain": 1.0}))[1]
+    assert scores[52] == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("late", [4, 30])
+def test_a_matrix_that_jumps_a_little_after_the_others_is_held_against_their_jump(
+    *, late: int, saved: bool
+) -> None:
+    ratio = np.full((150, 6), 5e-3)
+    ratio[50:54, :5] *= 6
+    ratio[50 + late : 58 + late, 5] *= 6
+    block, begins = run_of(750, ratio=ratio), 52 + late
+    band = Band({"plain": 1.0})
+    for cuts in ([], [begins], range(1, len(block))):
+        scores = told(UpdateSpike, block, cuts, saved=saved, band=band)[1]
+        assert scores[begins] == pytest.approx(1.5 if late == 4 else 6.0)
 
 
 def test_updates_that_follow_the_learning_rate_are_no_spike() -> None:
@@ -158,6 +252,9 @@ def test_updates_that_follow_the_learning_rate_are_no_spike() -> None:
         ratio = ratios(800) * lr[measured(800), None]
         ratio *= 3
         assert findings(UpdateSpike, run_of(800, ratio=ratio, lr=1e-3 * lr)) == []
+    step_up = np.where(steps < 400, 1e-4, 3e-3)
+    block = run_of(800, ratio=np.repeat(3.0 * step_up[measured(800), None], 2, axis=1), lr=step_up)
+    assert told(UpdateSpike, block)[1].max() == 0.0
     # Without the rate on record the restart's jump is not explained.
     ratio = 3 * ratios(800) * (1e-3 + restart)[measured(800), None]
     assert findings(UpdateSpike, run_of(800, ratio=ratio)) != []
@@ -165,7 +262,7 @@ def test_updates_that_follow_the_learning_rate_are_no_spike() -> None:
 
 def test_a_jump_while_the_loss_clearly_falls_is_none() -> None:
     ratio = ratios(500)
-    ratio[40:44] *= 12
+    ratio[40:48] *= 12
     falling = np.linspace(6.0, 1.0, 500)
     assert findings(UpdateSpike, run_of(500, ratio=ratio, losses=falling)) == []
     assert len(findings(UpdateSpike, run_of(500, ratio=ratio))) == 1
@@ -173,11 +270,14 @@ def test_a_jump_while_the_loss_clearly_falls_is_none() -> None:
 
 def test_small_updates_and_those_of_the_first_steps_never_count() -> None:
     tiny = ratios(500, usual=2e-5)
-    tiny[50:54] *= 40
+    tiny[50:58] *= 40
     assert findings(UpdateSpike, run_of(500, ratio=tiny)) == []
-    early = ratios(60, 1)
-    early[20:24] *= 50
+    assert findings(UpdateSpike, run_of(500, ratio=100 * tiny)) != []
+    early = ratios(60, 1, spread=0.05)
+    early[12:30] *= 50
     assert findings(UpdateSpike, run_of(60, every=1, ratio=early)) == []
+    early[30:40] *= 50
+    assert findings(UpdateSpike, run_of(60, every=1, ratio=early)) != []
 
 
 def test_matrices_that_start_at_zero_or_do_not_move_are_not_measured_by_that() -> None:
@@ -190,15 +290,25 @@ def test_matrices_that_start_at_zero_or_do_not_move_are_not_measured_by_that() -
     block = run_of(500, ratio=frozen)
     scores = told(UpdateSpike, block)[1]
     assert findings(UpdateSpike, block) == []
-    assert (scores[:55] == -1.0).all()
-    assert (scores[55:100] >= 0.0).all()
+    # Four measurements of a yardstick, and 15 steps with one measurement more behind them.
+    assert (scores[:57] == -1.0).all()
+    assert (scores[57:100] >= 0.0).all()
 
 
 def test_measured_steps_without_an_update_do_not_lower_the_yardstick() -> None:
     ratio = np.full((100, 2), 5e-3)
     ratio[::2] = 0.0
     scores = told(UpdateSpike, run_of(500, ratio=ratio), band=Band({"plain": 1.0}))[1]
-    assert (scores[10:100] == 0.0).all()
+    assert (scores[11:100] == 0.0).all()
+
+
+def test_a_matrix_that_stands_still_now_is_not_judged_by_its_last_steps() -> None:
+    ratio = np.full((200, 2), 5e-3)
+    ratio[100:120] *= 20
+    ratio[116] = 0.0
+    scores = told(UpdateSpike, run_of(200, every=1, ratio=ratio))[1]
+    assert scores[116] == 0.0
+    assert (scores[[115, 117]] > 1.0).all()
 
 
 def test_what_is_not_finite_is_not_judged() -> None:
@@ -223,14 +333,17 @@ def healthy_rms(steps: int, every: int = 5) -> Array:
     return 1.05 * np.random.default_rng(1).lognormal(0, 0.1, len(measured(steps, every)))
 
 
-@pytest.mark.parametrize("every", [1, 5, 50])
-def test_gradients_that_outgrow_their_second_moment_are_told(every: int) -> None:
+@pytest.mark.parametrize("every", LASTING)
+def test_gradients_that_outgrow_their_second_moment_are_told_as_information(every: int) -> None:
     steps = 100 * every
     rms = healthy_rms(steps, every)
-    rms[52], rms[60:66] = 0.5, [4.0, 3.8, 3.5, 3.0, 2.6, 2.2]
+    rms[52], rms[60:80] = 0.5, 4.0 - 0.05 * np.arange(20)
     (finding,) = findings(StaleSecondMoment, run_of(steps, every=every, rms=recorded(steps, rms, every)))
-    assert (finding.first_step, finding.raised_step) == (60 * every, 61 * every)
-    assert finding.evidence["adam_rms"] == 3.8
+    assert (finding.severity, finding.status) == ("info", "healthy")
+    raised = 60 + LASTING[every]
+    assert (finding.first_step, finding.raised_step) == (60 * every, raised * every)
+    # They fall, so that the lowest is the newest.
+    assert finding.evidence["adam_rms"] == pytest.approx(rms[raised], abs=1e-4)
     assert finding.evidence["adam_rms_usual"] == pytest.approx(np.median(rms[52:60]), abs=1e-4)
     assert "beta2" in finding.advice
 
@@ -242,11 +355,26 @@ def test_gradients_that_outgrow_their_second_moment_are_told(every: int) -> None
         ("large in the first steps", np.where(np.arange(100) < 3, 30.0, healthy_rms(500))),
         ("large for good, as the largest of many tensors is", 3.0 * healthy_rms(500)),
         ("one bad batch", np.where(np.arange(100) == 60, 9.0, healthy_rms(500))),
-        ("jumps below the level", np.where((np.arange(100) % 20) < 3, 2.0, healthy_rms(500))),
+        ("jumps below the level", np.where((np.arange(100) % 20) < 6, 2.2, 0.9)),
+        ("above the level, but not twice the usual", np.where(np.arange(100) // 10 == 6, 2.6, 1.4)),
     ],
 )
 def test_second_moments_that_keep_up_are_not_told(name: str, values: Array) -> None:
     assert findings(StaleSecondMoment, run_of(500, rms=recorded(500, values))) == [], name
+
+
+def test_gradients_that_outgrow_it_while_the_loss_clearly_falls_are_not_told() -> None:
+    rms = recorded(500, np.where(np.arange(100) // 10 == 6, 4.0, healthy_rms(500)))
+    assert len(findings(StaleSecondMoment, run_of(500, rms=rms))) == 1
+    assert findings(StaleSecondMoment, run_of(500, rms=rms, losses=np.linspace(6.0, 1.0, 500))) == []
+
+
+def test_a_frame_without_a_second_moment_of_its_own_is_not_judged() -> None:
+    rms = recorded(500, healthy_rms(500))
+    rms[300:350] = np.nan
+    scores = told(StaleSecondMoment, run_of(500, rms=rms))[1]
+    # Four new values make a yardstick again; in the last frame, of the steps after the last measured one, is none.
+    assert np.flatnonzero(scores[20:] < 0.0).tolist() == [*range(40, 57), 80]
 
 
 def test_an_optimizer_without_second_moments_is_not_judged() -> None:
@@ -444,12 +572,6 @@ def test_attention_that_was_not_observed_is_not_cleared() -> None:
     assert findings(NotAttention, QUIET, {"loss-rise": LATER}) == []
 
 
-def test_gradients_alone_have_to_last() -> None:
-    assert findings(NotAttention, QUIET, others(gradient_growth=from_frame(60, 2.0, until=61))) == []
-    (finding,) = findings(NotAttention, QUIET, others(gradient_growth=LATER))
-    assert finding.first_step == 305
-
-
 # ---- all of them
 
 
@@ -467,8 +589,8 @@ def drawn(seed: int) -> tuple[Block, dict[str, Array]]:
     begin = int(draw.choice([0, 0, 150]))
     frames = int((np.arange(begin, begin + steps) % every == 0).sum())
 
-    def jumpy(shape: tuple[int, ...], level: float, rate: float = 0.03) -> Array:
-        held = np.repeat(draw.random(shape) < rate, 3, axis=0)[: shape[0]]
+    def jumpy(shape: tuple[int, ...], level: float, rate: float, width: int) -> Array:
+        held = np.repeat(draw.random(shape) < rate, max(3, 20 // width + 2), axis=0)[: shape[0]]
         values = level * draw.lognormal(0, 0.3, shape) * np.where(held, draw.choice([5, 30]), 1)
         values[draw.random(shape) < 0.05] = np.nan
         values[draw.random(shape) < 0.02] = 0.0
@@ -487,8 +609,9 @@ def drawn(seed: int) -> tuple[Block, dict[str, Array]]:
         begin=begin,
         losses=5.0 - 3e-3 * np.arange(steps) * (seed % 2) + draw.normal(0, 0.3, steps),
         lr=stairs if seed % 5 else None,
-        rms=jumpy((steps,), 1.5, 0.1),
-        ratio=jumpy((frames, 2), 4e-3),
+        rms=jumpy((steps,), 1.5, 0.01, 1),
+        ratio=jumpy((frames, 6 if seed % 4 else 2), 4e-3, 0.02, every)
+        * np.where(jumpy((frames, 1), 1.0, 0.02, every) > 3.0, 6.0, 1.0),
         attention={"entropy_frac": np.where(stuck, 0.0, 1.0), "max_logit": np.where(stuck, 9.0, 0.0)},
         sigma1=np.where(draw.random((frames, 2)) < 0.1, np.nan, 1.0),
     )
@@ -496,14 +619,13 @@ def drawn(seed: int) -> tuple[Block, dict[str, Array]]:
         "logit-growth",
         "entropy-collapse",
         "loss-rise",
-        "gradient-growth",
         "update-spike",
         "learning-rate-jump",
     )
     scores = {
         name: draw.choice([-1.0, 0.0, 0.2, 1.5], len(block), p=[0.2, 0.4, 0.38, 0.02]) for name in names
     }
-    scores["gradient-growth"] = draw.choice([0.0, 1.5], len(block))
+    scores["loss-rise"] = draw.choice([0.0, 1.5], len(block))
     return block, scores
 
 
@@ -534,7 +656,7 @@ def test_the_drawn_courses_make_every_detector_speak(kind: type[Detector]) -> No
     for seed in range(30):
         block, scores = drawn(seed)
         spoke += bool(told(kind, block, others=scores, band=band)[0])
-    assert spoke >= 10
+    assert spoke >= 5
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -551,13 +673,13 @@ def test_judging_changes_nothing(kind: type[Detector]) -> None:
 
 def test_what_is_said_comes_with_the_healthy_band_measured_where_there_is_one() -> None:
     ratio = ratios(500)
-    ratio[50:54] *= 40
+    ratio[50:58] *= 40
     rms = healthy_rms(500)
-    rms[50:54] = 9.0
+    rms[50:58] = 9.0
     lr = np.where(np.arange(500) < 300, 1e-3, 1e-2)
     block = run_of(500, ratio=ratio, rms=recorded(500, rms), lr=lr)
     for kind, name in (
-        (UpdateSpike, "jump_healthy"),
+        (UpdateSpike, "jump_beyond_the_others_healthy"),
         (StaleSecondMoment, "adam_rms_healthy"),
         (LearningRateJump, "lr_factor_healthy"),
     ):
