@@ -16,7 +16,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make check   lint, format, types, content of the wheel"
 	@echo "make bench   print what the measurements, the recorder and the store cost, beside other trackers"
-	@echo "make corpus  train what is missing of the corpus, label and pack it (about an hour from nothing on two cores)"
+	@echo "make corpus  train what is missing of the corpus, label and pack it (half an hour from nothing on two cores)"
 	@echo "make evaluate  score the detectors on the corpus beside other rules, write the figures into the README"
 	@echo "make clean   remove what the above made, runs excepted"
 
@@ -31,6 +31,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_wheel.py
+	$(BIN)/python -m sample_runs.evaluate --check
 
 # tests/bench/store_*.py are the parts of store.py.
 bench: $(VENV)/.installed-dev $(PEERS)/.installed

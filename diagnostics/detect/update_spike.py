@@ -62,6 +62,12 @@ class UpdateSpike(Detector):
 
     def _jumps(self, window: Window) -> tuple[Values, Values]:
         """(F, P) how far every matrix jumped; (PAST + F,) how far the median one did, at frames before as well."""
+        if self.kind not in window.memo:
+            window.memo[self.kind] = self._work_out(window)
+        found: tuple[Values, Values] = window.memo[self.kind]
+        return found
+
+    def _work_out(self, window: Window) -> tuple[Values, Values]:
         now, back, ratios = window.now("ratio"), Lookback.of(window), self._ratios(window)
         lowest, risen = back.lowest(ratios), self._rises(window, back)
         counts = (now >= LEAST_RATIO) & (lowest >= LEAST_RATIO)

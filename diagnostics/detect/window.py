@@ -6,6 +6,7 @@ and a bounded past: so a run judged frame by frame and judged in one go gives th
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,7 @@ class Window:
         heads, parameters: all seen so far, sorted.
         loss: the course of the loss; grad_norm, lr, adam_rms: the other numbers of steps.
         scores: of the detectors fed before on this block, (F,) each, by name.
+        memo: what a rule has worked out of this window and needs again.
     """
 
     block: Block
@@ -46,6 +48,7 @@ class Window:
     columns: Mapping[str, Values]
     flags: Mapping[str, frozenset[str]]
     scores: dict[str, Values] = field(default_factory=dict)
+    memo: dict[str, Any] = field(default_factory=dict)
     _growths: dict[tuple[str, float, int], Values] = field(default_factory=dict)
     _flagged: dict[str, Bools] = field(default_factory=dict)
     _compared: dict[int, tuple[NDArray[np.int64], Values]] = field(default_factory=dict)

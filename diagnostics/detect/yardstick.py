@@ -39,6 +39,13 @@ class Lookback(NamedTuple):
 
     @classmethod
     def of(cls, window: Window) -> "Lookback":
+        if cls.__name__ not in window.memo:
+            window.memo[cls.__name__] = cls._of(window)
+        found: Lookback = window.memo[cls.__name__]
+        return found
+
+    @classmethod
+    def _of(cls, window: Window) -> "Lookback":
         steps = with_past(window.all_steps[:, None], window, _NEVER)[:, 0]
         here = REACH + np.arange(len(window))
         lasting = here[:, None] - np.arange(LASTING_STEPS)
@@ -52,6 +59,8 @@ class Lookback(NamedTuple):
         lowest = values[self.here]
         for back in range(1, LASTING_STEPS):
             near = self.near[:, back]
+            if not near.any():
+                break
             lowest[near] = np.fmin(lowest[near], values[self.lasting[near, back]])
         return lowest
 

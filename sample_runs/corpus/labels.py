@@ -21,7 +21,9 @@ Words:
 
 Labels, the first that holds:
     crash: an excursion that lasts to the end, or that takes up at least 0.4 of the steps from its onset on; a loss
-        that is not finite lasts to the end where nothing finite follows. The onset is the excursion's.
+        that is not finite lasts to the end where nothing finite follows. The run had covered half of what the reference
+        learned before it, or it began before the reference had: what was not learned in time cannot be lost later.
+        The onset is the excursion's.
     never-learned: the lowest smooth loss covers less than half of what the reference learned. The onset is the step
         by which the reference had covered half.
     degraded: it ended with less than 0.8 of the reference, neither broken nor sound; scored neither way.
@@ -92,12 +94,12 @@ class Label:
 
 @dataclass(frozen=True)
 class Excursion:
-    """Smooth losses above a level: from `onset`, seen from `begin` on, to before `end`."""
+    """Smooth losses above a level: from `onset`, seen from `begin` on, to before `end`; `lowest`: that before it."""
 
     onset: int
     begin: int
     end: int
-    level: float
+    lowest: float
 
 
 def smooth(losses: ArrayLike) -> Values:
@@ -139,7 +141,9 @@ def label_of(losses: ArrayLike, *, chance: float, reference: Reference) -> Label
     excursions = excursions_of(losses, chance)
     count = len(smooth_s)
     for found in excursions:
-        if found.end == count or found.end - found.begin >= LASTS * (count - found.onset):
+        lasts = found.end == count or found.end - found.begin >= LASTS * (count - found.onset)
+        had_learned = chance - found.lowest >= LEARNED * learnable
+        if lasts and (had_learned or found.onset <= reference.half_step):
             return Label(CRASH, found.onset, None, final, covered)
     if best_covered < LEARNED:
         return Label(NEVER, min(reference.half_step, count - 1), None, final, covered)
@@ -162,7 +166,7 @@ def excursions_of(losses: ArrayLike, chance: float) -> list[Excursion]:
         if smooth_s[step] > level:
             back = np.flatnonzero(smooth_s[step:] <= level)
             end = step + int(back[0]) if len(back) else len(smooth_s)
-            found.append(Excursion(_onset(loss_s, step, level), step, end, float(level)))
+            found.append(Excursion(_onset(loss_s, step, level), step, end, float(lowest)))
             step = end
         else:
             lowest = min(lowest, float(smooth_s[step]))

@@ -9,8 +9,9 @@ from .fitting import ENOUGH, Strategy, fit
 from .scoring import Outcome, judge
 from .table import Table
 
-STRATEGIES = tuple(Strategy(budget, margin) for budget in (0.0, 0.07) for margin in (0, 2, 4, 6))
-"""Few, since they are told apart by a handful of episodes: more of them would be choosing noise."""
+STRATEGIES = (Strategy(budget=0.0, margin=2),)
+"""One: no false episode in the training families, nor with edges a fifth lower. Of eight that differ by a handful of
+episodes, choosing within every fold was choosing noise (recall 0.88 on the final corpus; 0.88 to 0.91 fixed)."""
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,17 @@ def test_a_curve_that_stays_at_chance_never_learned_since_the_reference_had_half
     assert (found.label, found.onset_step) == ("never-learned", 78)
 
 
+def test_what_was_not_learned_in_time_is_not_lost_later() -> None:
+    losses = curve((0, 4.8), (50, 3.2), (300, 2.6), (350, 2.6), (351, 9.0), (400, 9.0))
+    found = judged(losses)
+    assert (found.label, found.onset_step) == ("never-learned", 78)
+
+
+def test_a_loss_that_goes_wrong_before_anything_could_be_learned_is_a_crash() -> None:
+    found = judged(curve((0, 4.8), (30, 3.4), (31, 9.0), (400, 9.0)))
+    assert (found.label, found.onset_step) == ("crash", 31)
+
+
 def test_the_fall_down_to_chance_does_not_count_as_learning() -> None:
     # From 4.8 to 3.2 is 0.44 of the way to 1.2; to 2.3 it is 0.69, and yet less than half of what is to be learned.
     assert judged(curve((0, 4.8), (50, 2.3), (400, 2.3))).label == "never-learned"

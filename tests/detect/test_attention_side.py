@@ -334,9 +334,13 @@ def test_a_map_of_high_rank_that_is_not_sharp_is_no_finding() -> None:
 
 
 def concentrating(step: int, loss: Callable[[int], float] = flat) -> dict[str, Any]:
-    """Every head's spectrum collapses into one direction within 30 steps, before attention shows anything."""
+    """Every head's spectrum collapses into one direction within 30 steps; the logits grow, and entropy shows nothing."""
     done = ramp(step, 100, 130)
-    return calm(step, loss) | {"sec_1": 0.1 + 0.6 * done, "sigma1": 0.5 * 12**done}
+    return calm(step, loss) | {
+        "sec_1": 0.1 + 0.6 * done,
+        "sigma1": 0.5 * 12**done,
+        "max_logit": 4.0 * 7**done,
+    }
 
 
 def test_a_spectrum_that_concentrates_while_sigma1_runs_away_is_a_warning() -> None:
@@ -347,7 +351,7 @@ def test_a_spectrum_that_concentrates_while_sigma1_runs_away_is_a_warning() -> N
         "at-risk",
     )
     assert finding.raised_step is not None
-    assert finding.raised_step <= 130
+    assert finding.raised_step <= 140
     assert not finding.active
     assert finding.evidence["mean_sec_1_rise"] >= 0.35
     assert kinds(judged(without(concentrating, "loss"))) == ["spectral-concentration"]
@@ -361,8 +365,16 @@ def test_a_spectrum_that_concentrates_while_sigma1_runs_away_is_a_warning() -> N
         lambda step: concentrating(step) | {"sigma1": 0.5 * 3 ** ramp(step, 100, 130)},
         lambda step: concentrating(step) | {"sigma1": 1e-4 * 12 ** ramp(step, 100, 130)},
         lambda step: calm(step) | {"sec_1": 0.98, "sigma1": 40.0, "entropy_frac": 0.6},
+        lambda step: concentrating(step) | {"max_logit": 4.0},
     ],
-    ids=["falling loss", "spread out", "slow sigma1", "sigma1 from nothing", "high and constant"],
+    ids=[
+        "falling loss",
+        "spread out",
+        "slow sigma1",
+        "sigma1 from nothing",
+        "high and constant",
+        "idle logits",
+    ],
 )
 def test_what_only_looks_like_concentration_is_none(course: Course) -> None:
     assert judged(course) == []
@@ -371,7 +383,9 @@ def test_what_only_looks_like_concentration_is_none(course: Course) -> None:
 def test_one_head_of_144_concentrating_is_named() -> None:
     def course(step: int) -> dict[str, Any]:
         done = ramp(step, 100, 130)
-        return in_one(calm(step), BIG, WORST, sec_1=0.4 + 0.55 * done, sigma1=12**done)
+        return in_one(
+            calm(step), BIG, WORST, sec_1=0.4 + 0.55 * done, sigma1=12**done, max_logit=4.0 * 7**done
+        )
 
     (finding,) = judged(course, heads=BIG)
     assert (finding.kind, finding.head) == ("spectral-concentration", BIG[WORST][1])
@@ -380,13 +394,68 @@ def test_one_head_of_144_concentrating_is_named() -> None:
 def test_one_head_alone_says_nothing_in_the_first_50_steps_of_a_loss() -> None:
     def course(step: int) -> dict[str, Any]:
         done = ramp(step, 10, 40)
-        return in_one(calm(step), BIG, WORST, sec_1=0.4 + 0.55 * done, sigma1=12**done)
+        return in_one(
+            calm(step), BIG, WORST, sec_1=0.4 + 0.55 * done, sigma1=12**done, max_logit=4.0 * 7**done
+        )
 
     assert judged(course, 60, every=5, heads=BIG) == []
 
 
+def following(pace: float, *, begin: float = 4.0) -> Course:
+    """sigma1 grows 30-fold in every head, the logits at a share of its pace (in nats)."""
+
+    def course(step: int) -> dict[str, Any]:
+        done = ramp(step, 100, 130)
+        return concentrating(step) | {"sigma1": 0.5 * 30**done, "max_logit": begin * 30 ** (pace * done)}
+
+    return course
+
+
+def counted_at(step: int, course: Course, sites: list[dict[str, Any]] | None = None) -> Any:
+    """(H,) the signal of spectral concentration at a step."""
+    block = block_of(course, step + 10)
+    window = History().window(block, flags_of(sites or []))
+    return SpectralConcentration(BANDS[SpectralConcentration]).signal(window)[
+        block.steps.tolist().index(step)
+    ]
+
+
 def test_with_qk_norm_sigma1_has_a_band_of_its_own() -> None:
-    assert judged(concentrating, sites=QK_NORM) == []
+    assert "spectral-concentration" in kinds(judged(following(0.7)))
+    assert "spectral-concentration" not in kinds(judged(following(0.7), sites=QK_NORM))
+    (finding,) = (f for f in judged(following(1.0), sites=QK_NORM) if f.kind == "spectral-concentration")
+    assert "spectral-bound" not in finding.advice
+
+
+@pytest.mark.parametrize("sites", [None, QK_NORM])
+@pytest.mark.parametrize(("pace", "counted"), [(-0.5, 0.0), (0.0, 0.0), (0.5, 0.5), (1.0, 1.0), (2.0, 1.0)])
+def test_the_growth_of_sigma1_counts_as_far_as_logits_follow(
+    pace: float, counted: float, sites: list[dict[str, Any]] | None
+) -> None:
+    signal = counted_at(130, following(pace), sites)
+    assert signal == pytest.approx(np.full(len(HEADS), counted * np.log(30)), abs=1e-9)
+
+
+def test_logits_that_begin_small_follow_from_three_on() -> None:
+    assert counted_at(130, following(1.0, begin=0.05)).max() == 0.0
+    assert counted_at(130, following(1.0, begin=0.5)) == pytest.approx(np.log(0.5 * 30 / 3.0))
+
+
+def test_where_no_logits_were_observed_sigma1_counts_alone() -> None:
+    course = without(following(0.0), "max_logit")
+    for sites in (None, QK_NORM):
+        assert counted_at(130, course, sites) == pytest.approx(np.log(30))
+
+
+def test_any_head_of_the_run_may_follow_but_with_qk_norm_each_follows_by_its_own() -> None:
+    def course(step: int) -> dict[str, Any]:
+        told = following(0.0)(step)
+        return in_one(told, HEADS, 5, max_logit=4.0 * 30 ** ramp(step, 100, 130))
+
+    assert counted_at(130, course) == pytest.approx(np.log(30))
+    assert counted_at(130, course, QK_NORM) == pytest.approx(np.where(np.arange(8) == 5, np.log(30), 0.0))
+    first_layer = [{"name": HEADS[0][0], "flags": ["qk_norm"]}]
+    assert counted_at(130, course, first_layer) == pytest.approx(np.repeat([0.0, np.log(30)], 4))
 
 
 def running_away(step: int, loss: Callable[[int], float] = flat) -> dict[str, Any]:

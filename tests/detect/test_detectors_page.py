@@ -13,6 +13,7 @@ import pytest
 import diagnostics.detect
 from diagnostics.detect.detectors import DETECTORS
 from diagnostics.detect.window import Window
+from sample_runs.evaluate.scores import FITTED
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "diagnostics" / "detect" / "README.md").read_text(encoding="utf-8")
@@ -42,6 +43,13 @@ def rows_between(marker: str, text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
 
 
+def origins() -> dict[tuple[str, ...], str]:
+    """Where edges come from, by the detectors that have them."""
+    part = PAGE.split("| edges | where from |\n|---|---|\n")[1].split("\n\n")[0]
+    rows = [line.strip("| ").split(" | ") for line in part.splitlines()]
+    return {tuple(re.findall(r"`([^`]+)`", kinds)): origin for kinds, origin in rows}
+
+
 def test_every_detector_has_its_section_and_no_other_does() -> None:
     part = PAGE.split("## The detectors one by one\n")[1].split("\n## ")[0]
     assert re.findall(r"^### (.+)$", part, flags=re.MULTILINE) == list(DETECTORS)
@@ -64,8 +72,17 @@ def test_every_detector_has_a_band_and_no_other_does() -> None:
 
 
 def test_the_page_says_where_the_edge_of_every_detector_comes_from() -> None:
-    part = PAGE.split("## bands.json")[1].split("\n## ")[0]
-    assert all(part.count(f"`{kind}`") for kind in DETECTORS)
+    assert sorted(kind for kinds in origins() for kind in kinds) == sorted(DETECTORS)
+
+
+def test_the_page_names_the_edges_that_are_fitted_on_the_corpus() -> None:
+    fitted = [kinds for kinds, origin in origins().items() if origin.startswith("fitted on the corpus")]
+    assert fitted == [FITTED]
+
+
+def test_the_page_says_no_alarm_of_those_that_raise_none() -> None:
+    quiet = {kind for kinds, origin in origins().items() for kind in kinds if "no alarm" in origin}
+    assert quiet == {kind for kind, d in DETECTORS.items() if d.status == "healthy"}
 
 
 def test_the_page_has_the_alarm_settings_that_are_in_the_code() -> None:

@@ -289,9 +289,9 @@ def test_the_losses_between_measured_steps_are_framed_where_they_belong(
     frames = training.recorder._stream._detection._frames
     original = frames.close
 
-    def noted(step: int, *tables: Any) -> Any:
-        closed.append(list(frames._steps))
-        return original(step, *tables)
+    def noted(step: int, *tables: Any, **kind: Any) -> Any:
+        closed.append([at for at, _, _ in frames._rows])
+        return original(step, *tables, **kind)
 
     monkeypatch.setattr(frames, "close", noted)
     for step in range(10):
