@@ -52,7 +52,7 @@ class StaleSecondMoment(Detector):
         return np.where(known, np.where(stale, rms, 0.0), np.nan)[:, None]
 
     def _now_and_usual(self, window: Window) -> tuple[Values, Values]:
-        """(F,) each: the lowest value within 5 steps, and the median of those before."""
+        """(F,) each: the lowest value within 15 steps, and the median of those before."""
         back = Lookback.of(window)
         values = np.concatenate([self._before, _measured(window)])
         past = values[back.past]

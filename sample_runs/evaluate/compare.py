@@ -7,7 +7,7 @@ from .baselines import BASELINES, Baseline
 from .corpus import Course
 from .figures import pooled
 from .fitting import fit
-from .folds import choose, families, outcomes
+from .folds import ANY_STRATEGY, choose, families, outcomes
 from .scoring import Outcome, judge
 from .table import Table, table_of
 
@@ -46,7 +46,7 @@ def _tuned(baseline: Baseline, courses: Sequence[Course]) -> list[Outcome]:
         if table is None or baseline.standing:
             channel = baseline.channel(courses, [courses[place] for place in train])
             table = table_of(channel, courses, standing=baseline.standing)
-        strategy = choose([table], courses, train, standing=baseline.standing)
+        strategy = choose([table], courses, train, among=ANY_STRATEGY, standing=baseline.standing)
         powers = fit([table], courses, train, strategy)
         found += outcomes([table], courses, test, powers, standing=baseline.standing)
     return found

@@ -118,7 +118,8 @@ def test_fast_concentration_is_a_warning_long_before_entropy_falls() -> None:
         done = min(1.0, step / 30)
         return healthy_heads(step) | {
             "sec_1": 0.1 + 0.6 * done,
-            "sigma1": 0.1 * float(np.exp(2.5 * done)),
+            "sigma1": 0.1 * float(np.exp(4.0 * done)),
+            "max_logit": 3.0 * float(np.exp(4.0 * done)),
             "entropy_frac": 0.98,
         }
 
