@@ -3,7 +3,7 @@
 Entropy is HIGH here. Every query asks the same question, so that tokens cannot be told apart and the model learns
 their frequencies only. Known from post-norm stacks without warmup and from too much weight decay (Dong et al.,
 arXiv 2103.03404; Noci et al., arXiv 2206.03126); decided within the first 20 to 60 steps, after which every
-signal is flat: so this rule looks at levels, not at growth.
+signal is flat: so this rule looks at levels, not at growth, and says late what others say early.
 """
 
 import numpy as np
@@ -17,6 +17,11 @@ from diagnostics.detect.window import GROWTH_STEPS, Window
 
 UNIFORM_FRAC = 0.65
 """Of the median head: a few heads may be sharp in a stuck model, those of a stuck post-norm stack stand at 0.72."""
+LEAST_STEPS = 100
+"""Many a model stands on a first plateau of a hundred steps, with uniform attention, before it learns to attend."""
+LONG_STEPS = 100
+LONG_FALL = 0.02
+"""A noisy loss that creeps down shows it over 100 steps, not over 50."""
 LEVEL_SHARE = 0.4
 """From ln V to the unigram entropy a loss falls by about a third of itself, to the bigram entropy by nearly a half."""
 ADVICE = (
@@ -30,7 +35,7 @@ class RankCollapse(Detector):
     """Mean SEC(1) over heads where attention is near uniform and the loss has stopped near its first level (warning).
 
     0 where the median head's entropy is below 0.65 of the largest, where the loss falls, or where it has come clearly below its
-    first level; not judged without a loss, nor before the loss can be compared with 50 steps ago.
+    first level; not judged without a loss, nor in the first 100 steps.
     """
 
     kind = "rank-collapse"
@@ -42,9 +47,11 @@ class RankCollapse(Detector):
         frac, sec = exact.median(window.now("entropy_frac")), exact.mean(window.now("sec_1"))
         loss = window.loss
         with np.errstate(invalid="ignore"):
-            stuck = ~loss.falling & (loss.median >= loss.first - LEVEL_SHARE * np.abs(loss.first))
+            before = window.ago("loss_median", LONG_STEPS)[:, 0]
+            creeping = before - loss.median > LONG_FALL * np.abs(before)
+            stuck = ~loss.falling & ~creeping & (loss.median >= loss.first - LEVEL_SHARE * np.abs(loss.first))
             signal = np.where(stuck & (frac >= UNIFORM_FRAC), sec, 0.0)
-        judged = ~np.isnan(frac) & ~np.isnan(sec) & ~np.isnan(loss.change)
+        judged = ~np.isnan(frac) & ~np.isnan(sec) & ~np.isnan(loss.change) & (window.age >= LEAST_STEPS)
         return np.where(judged, signal, np.nan)[:, None]
 
     def describe(self, window: Window, frame: int, column: int) -> Words:  # noqa: ARG002 - the run has one column

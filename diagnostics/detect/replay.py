@@ -10,7 +10,8 @@ from diagnostics.detect.block import ATTENTION, SCALARS, SPECTRA, UPDATES, Block
 from diagnostics.store.read import Run
 
 FRAMES = 2048
-"""Frames of a block: more would save no time, and take memory in a run of a million steps."""
+CELLS = 500_000
+"""Frames of a block, and heads times frames: more would save no time, and take memory in a long run of a large model."""
 
 
 def blocks_of(run: Run, up_to_step: int | None = None) -> Iterator[Block]:
@@ -33,8 +34,9 @@ def blocks_of(run: Run, up_to_step: int | None = None) -> Iterator[Block]:
     updates = _Table(run.table("updates", ["step", "parameter", *UPDATES], end_step=up_to_step), 1)
     heads = tuple(sorted({*attention.keys, *spectra.keys}))
     begin = 0
-    for first in range(0, len(ends), FRAMES):
-        block_ends = ends[first : first + FRAMES]
+    frames_each = min(FRAMES, max(1, CELLS // max(1, len(heads))))
+    for first in range(0, len(ends), frames_each):
+        block_ends = ends[first : first + frames_each]
         here = slice(begin, int(block_ends[-1]))
         frames = every_step[block_ends - 1]
         yield Block(

@@ -6,7 +6,8 @@ at zero); the jump is often the only warning of an abrupt failure, and the main 
 not count: the first 30 steps, jumps below 2, ratios below 1e-3, whatever happens while the loss clearly falls, and the
 share of a jump that the schedule explains (an update is proportional to the learning rate: where that has risen, the
 yardsticks from before are raised with it). A jump that the median matrix makes too is the optimizer's (moments lost, a
-loss scaled anew) and mostly heals: it counts for a quarter, the excess over the median in full.
+loss scaled anew) and mostly heals: it counts for a quarter, the excess over the median in full. A sixth counts
+while the largest logit of the run is below 5: attention forms by just such a jump.
 
 Blind spots: the rate is that of the first parameter group; a matrix that did not move (ratio 0: frozen, or a step that
 was skipped) has no yardstick, so the first measurements after it was thawed are not judged.
@@ -33,6 +34,10 @@ FEWEST = 4
 """Matrices of which one can be told apart from the others."""
 COMMON_SHARE = 0.25
 """What a jump counts for that all matrices make alike."""
+FORMING_SHARE = 1 / 6
+"""What it counts for while attention forms."""
+FORMED_LOGIT = 5.0
+"""Below a largest logit of this, growing updates of queries and keys are how a model leaves its first plateau."""
 ADVICE = (
     "`diagnostics control RUN spectral-bound --tau 0.01` keeps every update below 1 % of its matrix; look at the "
     "batches of these steps, clip gradients; if the loss follows the jump, go back to a checkpoint from before it and "
@@ -58,7 +63,10 @@ class UpdateSpike(Detector):
         jump, commons = self._jumps(window)
         # While a jump of all heals, some matrices are later than others: for them it is still the jump of all.
         lately = np.max([commons[at : at + len(window)] for at in range(PAST + 1)], axis=0)
-        return np.asarray(np.maximum(jump / lately[:, None], COMMON_SHARE * jump))
+        with np.errstate(invalid="ignore"):
+            forming = exact.largest(window.now("max_logit")) < FORMED_LOGIT
+        share = np.where(forming, FORMING_SHARE, np.maximum(1.0 / lately, COMMON_SHARE))
+        return np.asarray(share[:, None] * jump)
 
     def _jumps(self, window: Window) -> tuple[Values, Values]:
         """(F, P) how far every matrix jumped; (PAST + F,) how far the median one did, at frames before as well."""
