@@ -35,7 +35,8 @@ def _several(values: Mapping[str, Any] | Sequence[Any]) -> str:
         return "none"
     if isinstance(values, Mapping):
         return ", ".join(f"{name} {number(entry)}" for name, entry in values.items())
-    return (" to " if len(values) == 2 else ", ").join(number(entry) for entry in values)  # noqa: PLR2004 - a band has two ends
+    is_band = len(values) == 2 and not any(isinstance(entry, str) for entry in values)  # noqa: PLR2004 - a band has two ends
+    return (" to " if is_band else ", ").join(number(entry) for entry in values)
 
 
 def evidence_words(evidence: Mapping[str, Any]) -> Iterator[str]:

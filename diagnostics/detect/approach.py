@@ -49,7 +49,7 @@ class Rule:
     certainty: float = 2.0
     recent: int = 20
     mute_falling: bool = True
-    score: float = 0.5
+    score: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,17 @@ from diagnostics.detect.bands import Band
 
 
 def below(band: Band, edge: float, words: Callable[[float], str]) -> str:
-    """The band in words: where 99 % of healthy steps lie, where that is known and says something; else the edge.
+    """The band in words: the edge, and how far healthy runs went where that is known and says something.
 
     Args:
         band: the detector's band.
         edge: the edge that the number was held against.
         words: a signal's value in words, unit included.
     """
-    p99 = band.healthy.get("p99", 0.0)
-    # A signal that its conditions hold at 0 in healthy runs has a quantile of 0: true, but no band.
-    if 0.0 < p99 < edge:
-        return f"below {words(p99)} (99 % of healthy runs)"
+    largest = band.healthy.get("max", 0.0)
+    # A signal that its conditions hold at 0 in healthy runs went nowhere there: true, but no band.
+    if 0.0 < largest < edge:
+        return f"below {words(edge)}; healthy runs reached {words(largest)}"
     return f"below {words(edge)}"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from diagnostics.detect import exact
 from diagnostics.detect.bands import Band
 from diagnostics.detect.block import Bools, Ints, Values
 from diagnostics.detect.detector import Detector, Words
@@ -30,6 +31,7 @@ SUSPECTS = {
     "stale-second-moment": "the optimizer's second moment",
     "learning-rate-jump": "the learning rate",
 }
+UNIFORM_FRAC = 0.98
 QUIET_SCORE = 0.5
 QUIET_STEPS = 100
 _LONG_AGO = -(10**9)
@@ -52,7 +54,10 @@ class NotAttention(Detector):
         judged = self._within(window, "judged", ATTENTION_SIDE, 0.0)
         stirred = self._within(window, "stirred", ATTENTION_SIDE, QUIET_SCORE)
         wrong = _any_from(window, LOSS_SIDE, 1.0)
-        return np.where(judged, (wrong & ~stirred).astype(np.float64), np.nan)[:, None]
+        with np.errstate(invalid="ignore"):
+            # Attention that chooses nothing is not well, if no rule knows it for an illness by itself.
+            uniform = exact.median(window.now("entropy_frac")) >= UNIFORM_FRAC
+        return np.where(judged, (wrong & ~stirred & ~uniform).astype(np.float64), np.nan)[:, None]
 
     def _steps_of_last(self, window: Window, name: str, kinds: tuple[str, ...], least: float) -> Ints:
         """(F,) the newest step at which one of the detectors had at least that score."""
@@ -79,7 +84,9 @@ class NotAttention(Detector):
         evidence: dict[str, Any] = {"wrong": wrong, "suspects": suspects}
         for kind in ATTENTION_SIDE:
             score = float(window.scores[kind][frame]) if kind in window.scores else -1.0
-            evidence[f"{kind}_score"] = rounded(score) if score >= 0.0 else None
+            if score < 0.0:
+                continue  # not judged at this very frame
+            evidence[f"{kind}_score"] = rounded(score)
             evidence[f"{kind}_score_healthy"] = (
                 f"below {QUIET_SCORE} of its alarm's edge for {QUIET_STEPS} steps"
             )

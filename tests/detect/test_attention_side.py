@@ -606,11 +606,11 @@ def test_numbers_of_all_findings_stand_beside_their_bands_and_are_plain_data() -
             assert json.loads(json.dumps(finding.to_dict())) == finding.to_dict()
 
 
-def test_the_band_is_told_by_the_healthy_runs_where_they_say_something_and_by_the_edge_else() -> None:
+def test_the_band_is_told_by_its_edge_and_by_how_far_healthy_runs_went_where_that_is_known() -> None:
     words = fold(50)
     assert (
-        below(Band({"plain": 2.0}, {"p99": 0.7}), 2.0, words)
-        == "below 2.0-fold in 50 steps (99 % of healthy runs)"
+        below(Band({"plain": 2.0}, {"max": 0.7}), 2.0, words)
+        == "below 7.4-fold in 50 steps; healthy runs reached 2.0-fold in 50 steps"
     )
-    assert below(Band({"plain": 2.0}, {"p99": 0.0}), 2.0, words) == "below 7.4-fold in 50 steps"
+    assert below(Band({"plain": 2.0}, {"max": 0.0}), 2.0, words) == "below 7.4-fold in 50 steps"
     assert below(Band({"plain": 2.0}), 2.0, words) == "below 7.4-fold in 50 steps"

@@ -686,7 +686,7 @@ def test_what_is_said_comes_with_the_healthy_band_measured_where_there_is_one() 
     ):
         plain = told(kind, block, band=Band({"plain": 2.5}))[0][0]
         assert plain.evidence[name] == "below 2.5"
-        known = told(kind, block, band=Band({"plain": 2.5}, {"p50": 1.0, "p99": 1.25, "max": 2.0}))[0][0]
+        known = told(kind, block, band=Band({"plain": 2.5}, {"p50": 0.5, "p99": 1.0, "max": 1.25}))[0][0]
         assert "1.25" in known.evidence[name]
         json.dumps(known.to_dict(), allow_nan=False)
 
