@@ -5,6 +5,7 @@ from diagnostics.detect.dead_heads import DeadHeads
 from diagnostics.detect.detector import Detector
 from diagnostics.detect.divergence import Divergence
 from diagnostics.detect.entropy_collapse import EntropyCollapse
+from diagnostics.detect.fast_concentration import FastConcentration
 from diagnostics.detect.learning_rate import LearningRateJump
 from diagnostics.detect.logit_growth import LogitGrowth
 from diagnostics.detect.loss_rise import LossRise
@@ -23,6 +24,7 @@ _ALL: tuple[type[Detector], ...] = (
     LogitGrowth,
     RankCollapse,
     SaturatedAttention,
+    FastConcentration,
     BenignCollapse,
     DeadHeads,
     UpdateSpike,

@@ -25,7 +25,7 @@ SIGMA_FLOOR = 0.02
 RISE_STEPS = 30
 FAST_RISE = 0.35
 """Rise of SEC(1) within 30 steps, of the mean over heads or of one head; means of healthy arms stayed below 0.28."""
-LOGIT_FLOOR = 3.0
+LOGIT_FLOOR = 1.5
 """sigma1 counts as far as logits follow it, from here on: weights that start small grow a hundredfold unharmed."""
 HIGH_MEAN_SEC = 0.6
 HIGH_SEC = 0.9

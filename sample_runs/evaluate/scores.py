@@ -16,7 +16,7 @@ from .corpus import Course
 from .machine import Bools, Rule, Values
 
 AT_EDGE_ONE = Band({PLAIN: 1.0})
-FITTED = ("entropy-collapse", "spectral-concentration", "logit-growth", "update-spike")
+FITTED = ("entropy-collapse", "logit-growth", "update-spike")
 """Detectors whose edges are found on the corpus. Those of the others come from public logs or from what they mean."""
 
 

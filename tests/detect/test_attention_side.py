@@ -436,9 +436,9 @@ def test_the_growth_of_sigma1_counts_as_far_as_logits_follow(
     assert signal == pytest.approx(np.full(len(HEADS), counted * np.log(30)), abs=1e-9)
 
 
-def test_logits_that_begin_small_follow_from_three_on() -> None:
+def test_logits_that_begin_small_follow_from_one_and_a_half_on() -> None:
     assert counted_at(130, following(1.0, begin=0.05)).max() == 0.0
-    assert counted_at(130, following(1.0, begin=0.5)) == pytest.approx(np.log(0.5 * 30 / 3.0))
+    assert counted_at(130, following(1.0, begin=0.5)) == pytest.approx(np.log(0.5 * 30 / 1.5))
 
 
 def test_where_no_logits_were_observed_sigma1_counts_alone() -> None:

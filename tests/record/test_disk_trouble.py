@@ -49,7 +49,7 @@ class Lived:
     messages: list[str] = field(default_factory=list)
 
 
-def live_through(run_dir: Path, trouble: Trouble, cadence: Cadence, most_s: float = 20.0) -> Lived:
+def live_through(run_dir: Path, trouble: Trouble, cadence: Cadence, most_s: float = 60.0) -> Lived:
     """Trains a while, lets trouble come, waits until it was met and trains on; training is checked for its bits."""
     torch.manual_seed(0)
     plain = Small()
