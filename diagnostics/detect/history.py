@@ -1,6 +1,6 @@
 """The recent past of a run, and with it the window on every new block."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,14 @@ Flags = Mapping[str, frozenset[str]]
 _MEDIAN = "loss_median"
 
 
-def flags_of(sites: Iterable[Mapping[str, Any]]) -> dict[str, frozenset[str]]:
-    """Module path to flags, out of what run.json says of the attention sites."""
-    return {str(site.get("name")): frozenset(site.get("flags") or ()) for site in sites}
+def flags_of(sites: object) -> dict[str, frozenset[str]]:
+    """Module path to flags, out of what run.json says of the attention sites; what is no such thing says nothing."""
+    found = {}
+    for site in sites if isinstance(sites, list | tuple) else ():
+        flags = site.get("flags") if isinstance(site, Mapping) else None
+        if isinstance(flags, list | tuple | set | frozenset):
+            found[str(site.get("name"))] = frozenset(flag for flag in flags if isinstance(flag, str))
+    return found
 
 
 class History:

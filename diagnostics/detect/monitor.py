@@ -1,6 +1,6 @@
 """All detectors over one run: live beside the recorder, or replayed from its tables."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from diagnostics.detect.bands import Bands, shipped_bands
@@ -22,7 +22,7 @@ class Monitor:
         bands: the bands to judge by (None: those that ship).
     """
 
-    def __init__(self, sites: Iterable[Mapping[str, Any]] = (), bands: Bands | None = None) -> None:
+    def __init__(self, sites: object = (), bands: Bands | None = None) -> None:
         by_name = shipped_bands() if bands is None else bands
         self._detectors: dict[str, Detector] = {
             name: detector(by_name[name]) for name, detector in DETECTORS.items()
@@ -33,7 +33,7 @@ class Monitor:
         self.forecast: dict[str, Any] | None = None
         self._coverage = Coverage()
 
-    def see_sites(self, sites: Iterable[Mapping[str, Any]]) -> None:
+    def see_sites(self, sites: object) -> None:
         """Takes what is known of the sites by now."""
         self._flags = flags_of(sites)
 
